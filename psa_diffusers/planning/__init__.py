@@ -1,0 +1,1 @@
+"""What each query block reads, and how finely."""

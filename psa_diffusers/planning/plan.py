@@ -1,0 +1,80 @@
+"""Plan: what each query block reads, and how finely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The levels at which every block of queries reads every block of keys and values.
+
+    Blocks are consecutive runs of positions of the block order; a pooled group is a consecutive run inside a block,
+    counted from the block's start. The last block, and the last group of a block, may be short.
+
+    Attributes:
+        level_mask: int8 [batch, heads, query_blocks, kv_blocks]; 0 = skip, 1 = full resolution, ``h <= num_levels`` =
+            pooled by ``2 ** (h - 1)``, ``num_levels + 1`` = one centroid for the whole block.
+        order: int64 [tokens], the token at each position of the block order, for queries and keys alike.
+            None = raster (position is token).
+        query_length, key_length: Tokens of the sequences that the plan was made for.
+        query_block_size, kv_block_size, num_levels: As in :class:`PSAConfig`.
+        key_lengths: int64 [batch] or None; raster positions from that one on are padding, which no one reads.
+        notes: What the planner had to report, e.g. that the full tokens alone exceed the budget.
+    """
+
+    level_mask: Tensor
+    query_length: int
+    key_length: int
+    query_block_size: int
+    kv_block_size: int
+    num_levels: int
+    order: Tensor | None = None
+    key_lengths: Tensor | None = None
+    notes: tuple[str, ...] = ()
+    # What a backend derives from the level mask (block lists, granules), kept as long as the plan is. Keyed by backend.
+    cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.query_length // self.query_block_size)
+
+    @property
+    def kv_blocks(self) -> int:
+        return -(-self.key_length // self.kv_block_size)
+
+    def level_costs(self) -> Tensor:
+        """float64 [num_levels + 2]: cost of a block pair at each level (skip, 1 .. num_levels, centroid); dense = 1."""
+        costs = [0.0] + [2.0 ** -(level - 1) for level in range(1, self.num_levels + 1)] + [1 / self.kv_block_size]
+        return torch.tensor(costs, dtype=torch.float64, device=self.level_mask.device)
+
+    def real_keys(self) -> Tensor | None:
+        """bool [batch, key_length] in block order: False at padding. None when nothing is padded."""
+        if self.key_lengths is None:
+            return None
+        device = self.level_mask.device
+        tokens = torch.arange(self.key_length, device=device) if self.order is None else self.order.to(device)
+        return tokens[None, :] < self.key_lengths.to(device)[:, None]
+
+    def mean_cost(self) -> Tensor:
+        """float64 scalar on the plan's device (no synchronisation): the mean cost over block pairs with real keys."""
+        pair_costs = self.level_costs()[self.level_mask.long()]
+        real = self.real_keys()
+        if real is None:
+            return pair_costs.mean()
+        padded = torch.nn.functional.pad(real, (0, self.kv_blocks * self.kv_block_size - self.key_length))
+        counted = padded.view(real.shape[0], 1, 1, self.kv_blocks, self.kv_block_size).any(-1).expand_as(pair_costs)
+        return (pair_costs * counted).sum() / counted.sum().clamp(min=1)
+
+    @property
+    def compute_budget(self) -> float:
+        """The achieved compute budget: mean cost of a block pair, dense = 1. Synchronises a GPU; not for hot paths."""
+        return float(self.mean_cost())
+
+    @property
+    def density(self) -> float:
+        """Share of block pairs that are read at any level."""
+        return float((self.level_mask > 0).double().mean())
