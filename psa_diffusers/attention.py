@@ -56,6 +56,8 @@ def pyramid_sparse_attention(
     if not isinstance(config, PSAConfig):
         raise TypeError(f"config must be a PSAConfig or None, but is a {type(config).__name__}.")
     check_key_lengths(key_lengths, query.shape[0], key.shape[1])
+    if key_lengths is not None and not isinstance(key_lengths, Tensor):
+        key_lengths = torch.tensor(key_lengths, dtype=torch.int64, device=query.device)
     if plan is None:
         check_grid(grid, full_tokens, query.shape[1], key.shape[1])
         from .planning import build_plan
@@ -66,8 +68,7 @@ def pyramid_sparse_attention(
             )
     else:
         check_plan(plan, query, key, key_lengths)
-    needs_grad = any(tensor.requires_grad for tensor in (query, key, value))
-    probe = query if query.requires_grad or not needs_grad else next(t for t in (key, value) if t.requires_grad)
+    probe = next((tensor for tensor in (query, key, value) if tensor.requires_grad), query)
     backend, _ = choose_backend(config.backend, probe, plan)
     attend = get_backend(backend)
     out, lse = attend(
@@ -101,8 +102,16 @@ def check_plan(plan: Plan, query: Tensor, key: Tensor, key_lengths: Tensor | Seq
             f"plan.level_mask must be [batch, heads, query_blocks, kv_blocks] = [{batch}, {heads}, {blocks[0]}, "
             f"{blocks[1]}] for its block sizes, but has shape {tuple(plan.level_mask.shape)}."
         )
+    if plan.level_mask.dtype != torch.int8:
+        raise TypeError(f"plan.level_mask must be int8, but is {plan.level_mask.dtype}.")
     if plan.level_mask.device != query.device:
         raise ValueError(f"plan is on {plan.level_mask.device}, but query on {query.device}; build the plan there.")
+    if plan.level_mask.device.type == "cpu":  # elsewhere, looking would synchronise
+        lowest, highest = (int(level) for level in plan.level_mask.aminmax())
+        if lowest < 0 or highest > plan.num_levels + 1:
+            raise ValueError(
+                f"plan.level_mask must hold 0 to num_levels + 1 = {plan.num_levels + 1}, but holds {lowest} to {highest}."
+            )
     if key_lengths is None or key_lengths is plan.key_lengths:
         return
     given = torch.as_tensor(key_lengths).cpu().tolist()

@@ -1,4 +1,4 @@
-"""Checks of what callers pass to the attention operation and to the planner. Each raises, naming argument, rule and value."""
+"""Checks of what callers pass to attention and planner. Each error names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but is {tensor.dtype}.")
         if tensor.dtype != query.dtype:
             raise TypeError(
-                f"query, key and value must have one dtype, but {name} is {tensor.dtype}, query {query.dtype}."
+                f"query, key, value must have one dtype, but {name} is {tensor.dtype}, query {query.dtype}."
             )
         if tensor.device != query.device:
             raise ValueError(
-                f"query, key and value must be on one device, but {name} is on {tensor.device}, query on {query.device}."
+                f"query, key, value must be on one device, but {name} is on {tensor.device}, query on {query.device}."
             )
     if key.shape != value.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The definition of Pyramid Sparse Attention, in plain torch: slow, obvious, for any dtype. Every backend is tested against it."""
+"""The definition of Pyramid Sparse Attention in plain torch, for any dtype: slow and obvious. It judges the others."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def attend_reference(
     """Attention over the levels that the plan names (arXiv 2512.04025, equations 2 to 5). Differentiable.
 
     A pooled key is the mean of its group's real tokens (neither padding nor beyond the end), and counts for that many:
-    its logit is ``scale * q . mean(k) + ln(count)``. With ``logit_correction="variance"`` a group of more than one token
+    its logit is ``scale * q . mean(k) + ln(count)``. With ``logit_correction="variance"`` a group of several tokens
     also gets ``min(scale**2 / 2 * sum_d(q_d**2 * var_d(k)), ln(count))``, ``var_d`` being the population variance of
-    channel d over the group. That is the logarithm of ``mean(exp(x))`` over the mean of normally distributed logits x
+    channel d over the group's real tokens. That is the logarithm of ``mean(exp(x))`` over the mean of normally distributed logits x
     with independent channels. For n such logits it holds as long as half their variance is below ln(n); beyond, the
     largest logit alone decides, and the formula would overrate the group: hence the clamp.
 
