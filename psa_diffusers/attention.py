@@ -110,7 +110,8 @@ def check_plan(plan: Plan, query: Tensor, key: Tensor, key_lengths: Tensor | Seq
         lowest, highest = (int(level) for level in plan.level_mask.aminmax())
         if lowest < 0 or highest > plan.num_levels + 1:
             raise ValueError(
-                f"plan.level_mask must hold 0 to num_levels + 1 = {plan.num_levels + 1}, but holds {lowest} to {highest}."
+                f"plan.level_mask must hold levels 0 to num_levels + 1 = {plan.num_levels + 1}, "
+                f"but holds {lowest} to {highest}."
             )
     if key_lengths is None or key_lengths is plan.key_lengths:
         return

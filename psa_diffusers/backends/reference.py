@@ -37,9 +37,9 @@ def attend_reference(
     A pooled key is the mean of its group's real tokens (neither padding nor beyond the end), and counts for that many:
     its logit is ``scale * q . mean(k) + ln(count)``. With ``logit_correction="variance"`` a group of several tokens
     also gets ``min(scale**2 / 2 * sum_d(q_d**2 * var_d(k)), ln(count))``, ``var_d`` being the population variance of
-    channel d over the group's real tokens. That is the logarithm of ``mean(exp(x))`` over the mean of normally distributed logits x
-    with independent channels. For n such logits it holds as long as half their variance is below ln(n); beyond, the
-    largest logit alone decides, and the formula would overrate the group: hence the clamp.
+    channel d over the group's real tokens. That is by how much ``ln(mean(exp(x)))`` exceeds the mean of normally
+    distributed logits x with independent channels. For n such logits it holds as long as half their variance is below
+    ln(n); beyond, the largest logit alone decides, and the formula would overrate the group: hence the clamp.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
