@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .kernel_launch import KernelLaunch
+from .layout import PyramidLayout
+from .pyramid import Pyramid
+from .read_lists import ReadLists
+from .tiles import attention_tile, padded_head_dim
 
 
 @triton.jit
@@ -17,14 +24,22 @@ def _level_bounds(counts, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
         count = tl.load(counts + level - 1)
         flat_row += count * (KV_BLOCK >> (level - 1))
         slot += count
-        row_starts = row_starts + (flat_row,)
-        list_starts = list_starts + (slot,)
+        row_starts += (flat_row,)
+        list_starts += (slot,)
     return row_starts, list_starts, flat_row + tl.load(counts + LEVELS)
 
 
 @triton.jit
 def _packed_rows(
-    flat_row, total, row_starts, list_starts, blocks, kv_blocks, empty_row, LOG_KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr
+    flat_row,
+    total,
+    row_starts,
+    list_starts,
+    blocks,
+    kv_blocks,
+    empty_row,
+    LOG_KV_BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     """Packed rows behind the flat rows [BN]: level, then block by the list, then row inside the block.
 
@@ -96,9 +111,6 @@ def attention_kernel(
     LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_VARIANCE: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp)."""
@@ -113,7 +125,7 @@ def attention_kernel(
     position = row % query_blocks * QUERY_BLOCK + in_block
     is_query = (in_block < QUERY_BLOCK) & (position < query_length)
     token = position.to(tl.int64)
-    if HAS_ORDER:
+    if order is not None:
         token = tl.load(order + position, mask=is_query, other=0)
     query_mask = is_query[:, None] & (channel < HEAD_DIM)[None, :]
     query += batch * query_strides[0] + head * query_strides[2]
@@ -123,7 +135,8 @@ def attention_kernel(
     base = (batch * heads + head) * (empty_row + 1) * HEAD_DIM
     packed_key += base
     packed_value += base
-    variance += base
+    if variance is not None:
+        variance += base
     bias += batch * (empty_row + 1)
     blocks += row.to(tl.int64) * kv_blocks
     row_starts, list_starts, total = _level_bounds(counts + row.to(tl.int64) * (LEVELS + 1), 1 << LOG_KV_BLOCK, LEVELS)
@@ -133,13 +146,21 @@ def attention_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_N):
         packed_row = _packed_rows(
-            start + tl.arange(0, BLOCK_N), total, row_starts, list_starts, blocks, kv_blocks, empty_row, LOG_KV_BLOCK, LEVELS
+            start + tl.arange(0, BLOCK_N),
+            total,
+            row_starts,
+            list_starts,
+            blocks,
+            kv_blocks,
+            empty_row,
+            LOG_KV_BLOCK,
+            LEVELS,
         )  # [BN]
         key_tile = _load_packed(packed_key, packed_row, channel, HEAD_DIM, BLOCK_D)
         row_bias = tl.load(bias + packed_row)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)  # [BM, BN]
         logits = logits * (scale * LOG2E) + row_bias[None, :]
-        if HAS_VARIANCE:
+        if variance is not None:
             variance_tile = _load_packed(variance, packed_row, channel, HEAD_DIM, BLOCK_D)
             logits += _half_variance(query_tile, variance_tile, scale, row_bias, PRECISION)
 
@@ -158,6 +179,56 @@ def attention_kernel(
     out += batch * out_strides[0] + head * out_strides[2]
     outputs = out + token[:, None] * out_strides[1] + channel[None, :] * out_strides[3]
     tl.store(outputs, accumulator.to(out.dtype.element_ty), mask=query_mask)
-    if RETURN_LSE:
+    if lse is not None:
         row_lse = tl.where(is_empty, float("-inf"), (running_max + tl.log2(running_sum)) / LOG2E)
         tl.store(lse + (batch * heads + head) * query_length + token, row_lse, mask=is_query)
+
+
+def attention_launch(
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    pyramid: Pyramid,
+    lists: ReadLists,
+    layout: PyramidLayout,
+    *,
+    query_block_size: int,
+    order: Tensor | None,
+    scale: float,
+    target: str,
+) -> KernelLaunch:
+    """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length]."""
+    batch, query_length, heads, head_dim = query.shape
+    query_blocks = triton.cdiv(query_length, query_block_size)
+    tile = attention_tile(target, head_dim, query.dtype, query_block_size)
+    arguments = {
+        "query": query,
+        "packed_key": pyramid.key,
+        "packed_value": pyramid.value,
+        "bias": pyramid.bias,
+        "variance": pyramid.variance,
+        "blocks": lists.blocks,
+        "counts": lists.counts,
+        "launch_order": lists.launch_order,
+        "order": order,
+        "out": out,
+        "lse": lse,
+        "query_strides": query.stride(),
+        "out_strides": out.stride(),
+        "scale": scale,
+        "heads": heads,
+        "query_length": query_length,
+        "query_blocks": query_blocks,
+        "kv_blocks": layout.kv_blocks,
+        "empty_row": layout.empty_row,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "QUERY_BLOCK": query_block_size,
+        "LOG_KV_BLOCK": layout.kv_block_size.bit_length() - 1,
+        "LEVELS": layout.num_levels,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "PRECISION": "ieee",
+    }
+    grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)
+    return KernelLaunch(attention_kernel, grid, arguments, tile.num_warps, tile.num_stages)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 
 import torch
-import triton
 from torch import Tensor
 
 from ...planning.plan import Plan
-from .attention import attention_kernel
+from .attention import attention_launch
 from .layout import PyramidLayout
-from .pyramid import Pyramid, build_pyramid
-from .read_lists import ReadLists, read_lists
-from .tiles import attention_tile, padded_head_dim, target_of
+from .pyramid import build_pyramid
+from .read_lists import read_lists
+from .tiles import target_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -58,60 +57,21 @@ def attend_triton(
     with_variance = logit_correction == "variance"
     lists = read_lists(plan, device)
     pyramid = build_pyramid(key, value, layout, order=order, key_lengths=key_lengths, with_variance=with_variance)
-    return attend_packed(query, pyramid, lists, layout, plan.query_block_size, order, scale, return_lse)
-
-
-def attend_packed(
-    query: Tensor,
-    pyramid: Pyramid,
-    lists: ReadLists,
-    layout: PyramidLayout,
-    query_block_size: int,
-    order: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Launches the attention kernel over a pyramid and lists that are there already; see :func:`attend_triton`."""
-    batch, query_length, heads, head_dim = query.shape
-    query_blocks = triton.cdiv(query_length, query_block_size)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, query_length, heads, _ = query.shape
     lse = query.new_empty(batch, heads, query_length, dtype=torch.float32) if return_lse else None
-    tile = attention_tile(target_of(query.device), head_dim, query.dtype, query_block_size)
-    grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)
-    attention_kernel[grid](
+    attention_launch(
         query,
-        pyramid.key,
-        pyramid.value,
-        pyramid.bias,
-        pyramid.key if pyramid.variance is None else pyramid.variance,
-        lists.blocks,
-        lists.counts,
-        lists.launch_order,
-        order,
         out,
         lse,
-        query.stride(),
-        out.stride(),
-        scale,
-        heads,
-        query_length,
-        query_blocks,
-        layout.kv_blocks,
-        layout.empty_row,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded_head_dim(head_dim),
-        QUERY_BLOCK=query_block_size,
-        LOG_KV_BLOCK=layout.kv_block_size.bit_length() - 1,
-        LEVELS=layout.num_levels,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        HAS_ORDER=order is not None,
-        HAS_VARIANCE=pyramid.variance is not None,
-        RETURN_LSE=return_lse,
-        PRECISION="ieee",
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+        pyramid,
+        lists,
+        layout,
+        query_block_size=plan.query_block_size,
+        order=order,
+        scale=scale,
+        target=target_of(device),
+    ).run()
     return out, lse
 
 

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
-from .tiles import PyramidTile, pyramid_tile
+from .tiles import pyramid_tile
 
 
 class Pyramid(NamedTuple):
@@ -19,12 +20,16 @@ class Pyramid(NamedTuple):
     key: Tensor  # [batch, heads, rows, head_dim], dtype of the inputs
     value: Tensor  # [batch, heads, rows, head_dim]
     bias: Tensor  # float32 [batch, rows]: log2 of the real tokens that a row stands for, -inf for none
-    variance: Tensor | None  # [batch, heads, rows, head_dim]: variance of each channel of a row's keys; None unless asked
+    variance: (
+        Tensor | None
+    )  # [batch, heads, rows, head_dim]: variance of each channel of a row's keys; None unless asked
 
 
 @triton.jit
 def _load_rows(base, strides, batch, head, token, real, channel, HEAD_DIM: tl.constexpr):
-    pointers = base + batch * strides[0] + head * strides[2] + token[:, None] * strides[1] + channel[None, :] * strides[3]
+    pointers = (
+        base + batch * strides[0] + head * strides[2] + token[:, None] * strides[1] + channel[None, :] * strides[3]
+    )
     return tl.load(pointers, mask=real[:, None] & (channel < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
 
 
@@ -68,7 +73,6 @@ def _store_levels(
     HEAD_DIM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
-    HAS_VARIANCE: tl.constexpr,
 ):
     """Writes one block's rows of every level. ``total`` [KV_BLOCK, BD] is zero where ``count`` [KV_BLOCK] is."""
     squares = tl.zeros_like(total)
@@ -76,18 +80,18 @@ def _store_levels(
     for level in tl.static_range(1, LEVELS + 1):
         first_row = section + block * (KV_BLOCK >> (level - 1))
         _store_rows(packed, first_row, _mean(total, count), channel, HEAD_DIM, KV_BLOCK >> (level - 1))
-        if HAS_VARIANCE:
+        if variance is not None:
             _store_rows(variance, first_row, _mean(squares, count), channel, HEAD_DIM, KV_BLOCK >> (level - 1))
         section += kv_blocks * (KV_BLOCK >> (level - 1))
         if level < LEVELS:
-            total, count, squares = _merge(total, count, squares, KV_BLOCK >> level, 2, HAS_VARIANCE)
-    total, count, squares = _merge(total, count, squares, 1, KV_BLOCK >> (LEVELS - 1), HAS_VARIANCE)
+            total, count, squares = _merge(total, count, squares, KV_BLOCK >> level, 2, variance is not None)
+    total, count, squares = _merge(total, count, squares, 1, KV_BLOCK >> (LEVELS - 1), variance is not None)
     _store_rows(packed, section + block, _mean(total, count), channel, HEAD_DIM, 1)
-    if HAS_VARIANCE:
+    if variance is not None:
         _store_rows(variance, section + block, _mean(squares, count), channel, HEAD_DIM, 1)
     if block == 0:
         _store_rows(packed, section + kv_blocks, tl.zeros_like(total), channel, HEAD_DIM, 1)
-        if HAS_VARIANCE:
+        if variance is not None:
             _store_rows(variance, section + kv_blocks, tl.zeros_like(total), channel, HEAD_DIM, 1)
 
 
@@ -130,9 +134,6 @@ def pyramid_kernel(
     BLOCK_D: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_VARIANCE: tl.constexpr,
 ):
     """One program: one kv block, one head, BLOCK_D channels; grid (kv_blocks, heads * channel chunks, batch)."""
     block = tl.program_id(0)
@@ -144,21 +145,19 @@ def pyramid_kernel(
     position = block * KV_BLOCK + tl.arange(0, KV_BLOCK)
     real = position < key_length
     token = position.to(tl.int64)
-    if HAS_ORDER:
+    if order is not None:
         token = tl.load(order + position, mask=real, other=0)
-    if HAS_PADDING:
+    if key_lengths is not None:
         real = real & (token < tl.load(key_lengths + batch))
     count = real.to(tl.float32)  # [KV_BLOCK]
 
     base = (batch * heads + head) * packed_rows * HEAD_DIM
+    if variance is not None:
+        variance += base
     rows = _load_rows(key, key_strides, batch, head, token, real, channel, HEAD_DIM)  # [KV_BLOCK, BD]
-    _store_levels(
-        packed_key + base, variance + base, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, HAS_VARIANCE
-    )
+    _store_levels(packed_key + base, variance, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS)
     rows = _load_rows(value, value_strides, batch, head, token, real, channel, HEAD_DIM)
-    _store_levels(
-        packed_value + base, variance, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, False
-    )
+    _store_levels(packed_value + base, None, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS)
     if tl.program_id(1) == 0:
         _store_bias(bias + batch * packed_rows, count, block, kv_blocks, KV_BLOCK, LEVELS)
 
@@ -181,34 +180,49 @@ def build_pyramid(
         key_lengths: int64 [batch]; tokens from that one on are padding. None = no padding.
         with_variance: Also the population variance of each channel of a row's keys, for ``logit_correction``.
     """
-    batch, key_length, heads, head_dim = key.shape
+    pyramid = empty_pyramid(key, layout, with_variance)
+    pyramid_launch(key, value, pyramid, layout, order, key_lengths).run()
+    return pyramid
+
+
+def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool) -> Pyramid:
+    """Buffers for the pyramid of keys [batch, key_length, heads, head_dim], and of values like them."""
+    batch, _, heads, head_dim = key.shape
     packed = key.new_empty(3 if with_variance else 2, batch, heads, layout.rows, head_dim)
-    bias = torch.empty(batch, layout.rows, dtype=torch.float32, device=key.device)
-    tile: PyramidTile = pyramid_tile(layout.kv_block_size, head_dim)
-    variance = packed[2] if with_variance else None
+    bias = key.new_empty(batch, layout.rows, dtype=torch.float32)
+    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None)
+
+
+def pyramid_launch(
+    key: Tensor,
+    value: Tensor,
+    pyramid: Pyramid,
+    layout: PyramidLayout,
+    order: Tensor | None,
+    key_lengths: Tensor | None,
+) -> KernelLaunch:
+    """The launch that fills ``pyramid``."""
+    batch, key_length, heads, head_dim = key.shape
+    tile = pyramid_tile(layout.kv_block_size, head_dim)
+    arguments = {
+        "key": key,
+        "value": value,
+        "order": order,
+        "key_lengths": key_lengths,
+        "packed_key": pyramid.key,
+        "packed_value": pyramid.value,
+        "bias": pyramid.bias,
+        "variance": pyramid.variance,
+        "key_strides": key.stride(),
+        "value_strides": value.stride(),
+        "heads": heads,
+        "key_length": key_length,
+        "kv_blocks": layout.kv_blocks,
+        "packed_rows": layout.rows,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": tile.block_d,
+        "KV_BLOCK": layout.kv_block_size,
+        "LEVELS": layout.num_levels,
+    }
     grid = (layout.kv_blocks, heads * triton.cdiv(head_dim, tile.block_d), batch)
-    pyramid_kernel[grid](
-        key,
-        value,
-        order,
-        key_lengths,
-        packed[0],
-        packed[1],
-        bias,
-        packed[0] if variance is None else variance,
-        key.stride(),
-        value.stride(),
-        heads,
-        key_length,
-        layout.kv_blocks,
-        layout.rows,
-        HEAD_DIM=head_dim,
-        BLOCK_D=tile.block_d,
-        KV_BLOCK=layout.kv_block_size,
-        LEVELS=layout.num_levels,
-        HAS_ORDER=order is not None,
-        HAS_PADDING=key_lengths is not None,
-        HAS_VARIANCE=with_variance,
-        num_warps=tile.num_warps,
-    )
-    return Pyramid(packed[0], packed[1], bias, variance)
+    return KernelLaunch(pyramid_kernel, grid, arguments, num_warps=tile.num_warps)

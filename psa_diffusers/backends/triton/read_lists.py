@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...planning.plan import Plan
+from .kernel_launch import KernelLaunch
 from .tiles import LIST_CHUNK
 
 
@@ -65,25 +66,36 @@ def read_lists(plan: Plan, device: torch.device) -> ReadLists:
 
 def make_read_lists(level_mask: Tensor, num_levels: int, kv_block_size: int) -> ReadLists:
     """As :func:`read_lists`, from an int8 level mask [batch, heads, query_blocks, kv_blocks]."""
-    level_mask = level_mask.contiguous()
-    *leading, query_blocks, kv_blocks = level_mask.shape
-    rows = leading[0] * leading[1] * query_blocks
-    device = level_mask.device
-    index_dtype = torch.int16 if kv_blocks <= torch.iinfo(torch.int16).max else torch.int32
-    blocks = torch.empty(rows, kv_blocks, dtype=index_dtype, device=device)
-    counts = torch.empty(rows, num_levels + 1, dtype=torch.int32, device=device)
-    lengths = torch.empty(rows, dtype=torch.int32, device=device)
-    read_lists_kernel[(rows,)](
-        level_mask,
-        blocks,
-        counts,
-        lengths,
-        kv_blocks,
-        LEVELS=num_levels,
-        KV_BLOCK=kv_block_size,
-        CHUNK=min(LIST_CHUNK, triton.next_power_of_2(kv_blocks)),
-        num_warps=4,
-    )
+    query_blocks = level_mask.shape[2]
+    lists, lengths = empty_read_lists(level_mask, num_levels)
+    read_lists_launch(level_mask.contiguous(), lists, lengths, kv_block_size).run()
     within_head = lengths.view(-1, query_blocks).argsort(dim=1, descending=True, stable=True)
-    first_of_head = torch.arange(0, rows, query_blocks, device=device)[:, None]
-    return ReadLists(blocks, counts, (within_head + first_of_head).flatten().to(torch.int32))
+    first_of_head = torch.arange(0, len(lengths), query_blocks, device=level_mask.device)[:, None]
+    torch.add(within_head, first_of_head, out=lists.launch_order.view_as(within_head))
+    return lists
+
+
+def empty_read_lists(level_mask: Tensor, num_levels: int) -> tuple[ReadLists, Tensor]:
+    """Buffers for the lists of a level mask, and for int32 [rows], how many packed rows each row reads."""
+    rows, kv_blocks = level_mask.shape[:3].numel(), level_mask.shape[3]
+    index_dtype = torch.int16 if kv_blocks <= torch.iinfo(torch.int16).max else torch.int32
+    blocks = level_mask.new_empty(rows, kv_blocks, dtype=index_dtype)
+    counts = level_mask.new_empty(rows, num_levels + 1, dtype=torch.int32)
+    launch_order, lengths = level_mask.new_empty(2, rows, dtype=torch.int32)
+    return ReadLists(blocks, counts, launch_order), lengths
+
+
+def read_lists_launch(level_mask: Tensor, lists: ReadLists, lengths: Tensor, kv_block_size: int) -> KernelLaunch:
+    """The launch that fills the blocks and counts of ``lists``, and ``lengths``, from a contiguous level mask."""
+    rows, kv_blocks = lists.blocks.shape
+    arguments = {
+        "level_mask": level_mask,
+        "blocks": lists.blocks,
+        "counts": lists.counts,
+        "lengths": lengths,
+        "kv_blocks": kv_blocks,
+        "LEVELS": lists.counts.shape[1] - 1,
+        "KV_BLOCK": kv_block_size,
+        "CHUNK": min(LIST_CHUNK, triton.next_power_of_2(kv_blocks)),
+    }
+    return KernelLaunch(read_lists_kernel, (rows,), arguments)
