@@ -1,0 +1,282 @@
+"""Find a model, see what sizes it takes, and load it, with errors that say what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import demo
+from .errors import CommandError, WrongUsageError, as_wrong_usage, first_line
+
+BUNDLED = "bundled"
+HASHED_MODEL_BYTES = 200 * 2**20  # folders up to this size are identified by the hash of their weights
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model in the diffusers layout: on disk, or on the Hugging Face Hub.
+
+    Attributes:
+        name: ``"bundled"``, or what the user gave.
+        location: Folder, or Hub id: what ``from_pretrained`` takes.
+        index: Content of its ``model_index.json``.
+    """
+
+    name: str
+    location: str
+    index: dict[str, Any]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a model on disk; None for one on the Hub."""
+        path = Path(self.location)
+        return path if path.is_dir() else None
+
+    def read_config(self, component: str) -> dict[str, Any]:
+        """The ``config.json`` of a component, without loading its weights."""
+        path = self.folder / component / "config.json" if self.folder else None
+        try:
+            if path is None:
+                path = Path(_download(self.location, f"{component}/config.json"))
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _broken(self.name, f"{component}/config.json is missing or cannot be read", error) from error
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model's weights from others: the Hub's commit, or a hash of the weights on disk."""
+        values = {"name": self.name}
+        if self.folder is None:
+            snapshot = Path(_download(self.location, "model_index.json")).parent
+            return {**values, "revision": snapshot.name}
+        weights = sorted(self.folder.rglob("*.safetensors"))
+        if sum(file.stat().st_size for file in weights) <= HASHED_MODEL_BYTES:
+            digest = hashlib.sha256()
+            for file in weights:
+                digest.update(file.relative_to(self.folder).as_posix().encode() + b"\0" + file.read_bytes())
+            values["weights_sha256"] = digest.hexdigest()
+        return values
+
+
+def _broken(name: str, what: str, error: BaseException | None = None) -> WrongUsageError:
+    detail = f" ({first_line(error, 120)})" if error is not None else ""
+    return WrongUsageError(
+        f"the model {name} is not complete or is corrupt: {what}{detail}.\nDownload or copy it again, or name another."
+    )
+
+
+def _download(model: str, file: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(model, file)
+
+
+def find_model(name: str | None) -> ModelSource:
+    """The model that the user named: a folder, a Hub id, or None for the bundled one.
+
+    Raises:
+        WrongUsageError: there is no such model, or it is not a text-to-video Wan model, or its folder is broken.
+    """
+    if name is None or name == BUNDLED:
+        try:
+            folder = demo.model_folder()
+        except FileNotFoundError as error:
+            raise CommandError(str(error)) from error
+        return _local_model(BUNDLED, folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _local_model(name, path)
+    if path.exists():
+        raise WrongUsageError(f"{name} is a file; --model takes a folder in the diffusers layout, or a Hub id.")
+    if name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise WrongUsageError(
+            f"there is no model folder {name}. Give a folder, or a Hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    return _hub_model(name)
+
+
+def _local_model(name: str, folder: Path) -> ModelSource:
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise WrongUsageError(f"{folder} is not a diffusers model folder: it has no model_index.json.")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        components = [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]
+    except (OSError, ValueError, AttributeError, IndexError) as error:
+        raise _broken(name, "model_index.json cannot be read", error) from error
+    missing = [component for component in components if not (folder / component).is_dir()]
+    if missing:
+        raise _broken(name, f"{folder} has no folder {', '.join(missing)}")
+    return _checked(ModelSource(name, str(folder), index))
+
+
+def _hub_model(name: str) -> ModelSource:
+    try:
+        index = json.loads(Path(_download(name, "model_index.json")).read_text(encoding="utf-8"))
+    except Exception as error:  # no such model, no connection, offline mode, a server's failure
+        advice = "Check the spelling (a known one: Wan-AI/Wan2.1-T2V-1.3B-Diffusers), or give a folder."
+        raise WrongUsageError(f"{_hub_failure(name, error)} {advice}") from error
+    return _checked(ModelSource(name, name, index))
+
+
+def _hub_failure(name: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return f"there is no model {name} on the Hugging Face Hub, and no such folder here."
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{name} on the Hugging Face Hub is not a diffusers model: it has no model_index.json."
+    reason = type(error).__name__
+    return f"there is no folder {name} here, and the Hugging Face Hub cannot be asked for it ({reason})."
+
+
+def _checked(source: ModelSource) -> ModelSource:
+    kind = source.index.get("_class_name")
+    if kind != "WanPipeline":
+        raise WrongUsageError(
+            f"psa-generate makes videos from text by Wan models (WanPipeline), but {source.name} is a {kind}. "
+            "Other pipelines: see 'In your own code' in the README."
+        )
+    return source
+
+
+def size_rules(source: ModelSource) -> tuple[int, tuple[int, int]]:
+    """``frame_step`` (the model makes ``frame_step * k + 1`` frames) and the multiples of height and width."""
+    vae = source.read_config("vae")
+    has_first = source.index.get("transformer", [None])[0] is not None
+    patch = source.read_config("transformer" if has_first else "transformer_2").get("patch_size", (1, 2, 2))
+    stages = vae.get("temperal_downsample", (False, True, True))  # diffusers spells it so
+    frame_step = vae.get("scale_factor_temporal") or 2 ** sum(stages)
+    spatial = vae.get("scale_factor_spatial") or 2 ** len(stages)
+    # WanPipeline asks for multiples of 16 whatever the model's own step is.
+    return frame_step, (math.lcm(16, spatial * patch[1]), math.lcm(16, spatial * patch[2]))
+
+
+# -- device and dtype -----------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str | None) -> str:
+    """The device asked for, checked to be there; None picks CUDA where there is one, else the CPU."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WrongUsageError(f"--device takes cpu, cuda, cuda:N or mps, but is {name!r}.") from error
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if device.type not in counts:
+        raise WrongUsageError(f"--device takes cpu, cuda, cuda:N or mps, but is {name!r}.")
+    count = counts[device.type]
+    if (device.index or 0) >= count:
+        there = f"there are {count}" if count else "there is none"
+        raise WrongUsageError(f"--device {name}: {there} on this machine. Use --device cpu, or leave it out.")
+    return name
+
+
+def pick_dtype(name: str | None, device: str) -> str:
+    """The dtype asked for, tried out on the device; None picks bfloat16 on a GPU and float32 on the CPU."""
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda"
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name is None:
+        return "bfloat16" if fast else ("float16" if on_gpu else "float32")
+    if name not in DTYPES:
+        raise WrongUsageError(f"--dtype takes float32, float16 or bfloat16, but is {name!r}.")
+    name = DTYPES[name]
+    if on_gpu and name == "bfloat16" and not fast:
+        raise WrongUsageError("--dtype bfloat16 needs a newer GPU than this one; use --dtype float16.")
+    try:
+        _try_dtype(getattr(torch, name), device)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise WrongUsageError(f"--dtype {name} does not work on {device} here; use --dtype float32.") from error
+    return name
+
+
+def _try_dtype(dtype, device: str) -> None:
+    """The operations that a video transformer needs, once, on next to nothing."""
+    import torch
+    import torch.nn.functional as F
+
+    video = torch.ones(1, 4, 3, 4, 4, dtype=dtype, device=device)
+    tokens = F.conv3d(video, torch.ones(8, 4, 1, 2, 2, dtype=dtype, device=device), stride=(1, 2, 2))
+    tokens = F.layer_norm(tokens.flatten(2).mT, (8,))
+    tokens = F.linear(tokens, torch.ones(8, 8, dtype=dtype, device=device))[:, None]
+    F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+def check_offload(offload: str, device: str) -> None:
+    import torch
+
+    if offload != "none" and torch.device(device).type == "cpu":
+        raise WrongUsageError(f"--offload {offload} moves parts between a GPU and the CPU; on the CPU leave it out.")
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Refuse a backend that cannot run on the device, before anything is loaded."""
+    import torch
+
+    from ..backends import choose_backend
+
+    with as_wrong_usage(ValueError, RuntimeError, ImportError):
+        choose_backend(backend, torch.empty(1, 1, 1, 64, device=device))
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "none"):
+    """The pipeline, ready to run on the device; its VAE in float32, as Wan's authors advise.
+
+    Raises:
+        WrongUsageError: the model's files are incomplete or corrupt.
+        CommandError: it does not fit in memory.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    _silence_loading()
+    dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source.location, torch_dtype=dtypes)
+    except torch.OutOfMemoryError:
+        raise
+    except ImportError as error:
+        raise CommandError(f"loading {source.name} needs a package that is missing: {first_line(error)}") from error
+    except Exception as error:  # every library below has its own kinds for a bad file
+        raise _broken(source.name, "loading failed", error) from error
+    pipe.set_progress_bar_config(disable=True)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _silence_loading() -> None:
+    """No bars and no remarks of the libraries while loading: psa-generate has its own bar."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
