@@ -92,7 +92,9 @@ def _explain(name: str, error: Exception) -> tuple[int, str]:
         ), f"{error.format_message().rstrip('.')}. See {name} --help."
     if type(error).__name__ == "Abort":
         return INTERRUPTED, "stopped; finished files were kept."
-    return FAILED, f"{type(error).__name__}: {first_line(error)} Add --debug for the traceback."
+    kind, message = type(error).__name__, first_line(error)
+    what = kind if message == kind else f"{kind}: {message}"
+    return FAILED, f"{what.rstrip('.')}. Add --debug for the traceback."
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:
