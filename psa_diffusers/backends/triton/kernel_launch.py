@@ -1,0 +1,21 @@
+"""A kernel with all that it is launched with: to run it, or to compile it for a target that is not there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One launch. What is inspected (``inspection.py``) is built by the same code as what runs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def run(self) -> None:
+        """Enqueues the kernel on the current stream."""
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -1,0 +1,92 @@
+"""The Triton backend's entry point: builds the pyramid and the lists, and launches attention over them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ...planning.plan import Plan
+from .attention import attention_launch
+from .layout import PyramidLayout
+from .pyramid import build_pyramid
+from .read_lists import read_lists
+from .tiles import target_of
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def attend_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    logit_correction: str = "none",
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the levels that the plan names; what :func:`attend_reference` defines, on a GPU. No gradients.
+
+    Args:
+        query: [batch, query_length, heads, head_dim], any strides; fp32 (exact products, slow), fp16 or bf16.
+        key, value: [batch, key_length, heads, head_dim], any strides, dtype of ``query``.
+        plan: What each block of queries reads. Block lists made from it stay in its cache.
+        scale: Factor of the logits, usually ``head_dim ** -0.5``.
+        logit_correction: ``"none"`` (the paper) or ``"variance"``.
+        return_lse: Also return the logarithm of the softmax denominators.
+
+    Returns:
+        Output like ``query`` (contiguous), and lse float32 [batch, heads, query_length] (natural logarithm) or None. A
+        query with nothing to read gets output 0 and lse -inf.
+
+    Besides inputs and output this takes 1.89 times the memory of K and V for the pyramid (4 levels, kv blocks of 64;
+    2.84 times that of K and V with the variance), until it returns. Nothing here waits for the device.
+
+    Raises:
+        ValueError: the device, dtype, head_dim or block sizes are not supported; the message says which.
+    """
+    if obstacle := why_unsupported(query, plan):
+        raise ValueError(f"attend_triton: {obstacle}; use backend='torch' or backend='reference'.")
+    device = query.device
+    order = None if plan.order is None else plan.order.to(device)
+    key_lengths = None if plan.key_lengths is None else plan.key_lengths.to(device)
+    layout = PyramidLayout(plan.kv_blocks, plan.kv_block_size, plan.num_levels)
+    with_variance = logit_correction == "variance"
+    lists = read_lists(plan, device)
+    pyramid = build_pyramid(key, value, layout, order=order, key_lengths=key_lengths, with_variance=with_variance)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, query_length, heads, _ = query.shape
+    lse = query.new_empty(batch, heads, query_length, dtype=torch.float32) if return_lse else None
+    attention_launch(
+        query,
+        out,
+        lse,
+        pyramid,
+        lists,
+        layout,
+        query_block_size=plan.query_block_size,
+        order=order,
+        scale=scale,
+        target=target_of(device),
+    ).run()
+    return out, lse
+
+
+def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
+    """Why these kernels cannot compute this, as a clause for a message; None if they can."""
+    if query.device.type != "cuda" and not (query.device.type == "cpu" and _is_interpreted()):
+        return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
+    if query.dtype not in DTYPES:
+        return f"dtype must be float32, float16 or bfloat16, but is {query.dtype}"
+    if query.dtype == torch.bfloat16 and _is_interpreted():
+        return "Triton's interpreter does not compute in bfloat16"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, but is {query.shape[-1]}"
+    return None
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

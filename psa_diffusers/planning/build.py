@@ -1,0 +1,211 @@
+"""build_plan: from queries, keys and values to the levels at which each block pair is read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import PSAConfig
+from .blocks import Layout, make_layout, real_positions, unpadded_positions
+from .budget import Limits, spend, step_prices
+from .errors import pair_errors
+from .importance import Importance, antidiagonal_importance, block_means, pooled_importance, sampled_importance
+from .levels import cap_levels, threshold_levels, topk_levels
+from .plan import Plan
+from .sampling import Samples, draw_samples
+from .similarity import similarity_cap
+from .spread import Spread, measure_spread
+from .validation import (
+    check_full_tokens,
+    check_grid,
+    check_grid_fits,
+    check_key_lengths,
+    check_scale,
+    check_tensors,
+)
+
+
+@torch.no_grad()
+def build_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: PSAConfig | None = None,
+    *,
+    grid: tuple[int, int, int] | None = None,
+    full_tokens: slice | Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Plan:
+    """Choose the level at which every block of queries reads every block of keys (paper section 3).
+
+    Args:
+        query: [batch, query_seq, heads, head_dim], float16, bfloat16, float32 or float64, any strides and device.
+        key, value: [batch, key_seq, heads, head_dim], of the same dtype and device.
+        config: The rule and its settings; None = the defaults.
+        grid: ``(frames, height, width)`` of the video tokens. With it, and with as many queries as keys, tokens are
+            taken in the config's order, full tokens last; without it in their own order.
+        full_tokens: Slice or bool mask [key_seq] of the tokens outside the grid (text, conditioning). A block that
+            holds one is level 1 for every query block, and for its own queries if they are the same sequence.
+        key_lengths: int [batch]; keys from that raster position on are padding. They count for nothing here, not even
+            if they are NaN; a block of nothing else is level 0.
+        scale: Factor on the logits; None = 1 / sqrt(head_dim).
+
+    Returns:
+        The plan. The same inputs and ``config.seed`` give the same plan to the bit; a sample's plan does not depend on
+        the others in the batch; the global random state is neither read nor moved. On a GPU nothing waits for it,
+        unless ``full_tokens`` is a mask on that GPU.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule; the message names it, the rule and the value.
+    """
+    config = PSAConfig() if config is None else config
+    if not isinstance(config, PSAConfig):
+        raise TypeError(f"config must be a PSAConfig or None, but is {type(config).__name__}.")
+    check_tensors(query, key, value)
+    batch, query_length, key_length, device = query.shape[0], query.shape[1], key.shape[1], query.device
+    grid = check_grid(grid)
+    full = check_full_tokens(full_tokens, key_length)
+    check_grid_fits(grid, full, key_length)
+    lengths = check_key_lengths(key_lengths, batch, key_length, device)
+    scale = check_scale(scale, query.shape[3])
+    layout = make_layout(
+        query_length,
+        key_length,
+        config.query_block_size,
+        config.kv_block_size,
+        curve=config.order,
+        grid=grid,
+        full_tokens=full,
+        device=device,
+    )
+    levels = _Planner(query, key, value, config, layout, lengths, scale).levels()
+    return Plan(
+        level_mask=levels,
+        query_length=query_length,
+        key_length=key_length,
+        query_block_size=config.query_block_size,
+        kv_block_size=config.kv_block_size,
+        num_levels=config.num_levels,
+        order=layout.order,
+        key_lengths=lengths,
+        notes=_notes(config, layout, levels.shape),
+    )
+
+
+def _notes(config: PSAConfig, layout: Layout, shape: torch.Size) -> tuple[str, ...]:
+    """What to report; from sizes alone, so that a GPU is not waited for (padding is not looked at)."""
+    if config.rule != "budget" or layout.full_pairs == 0:
+        return ()
+    pairs = shape[2] * shape[3]
+    least = (layout.full_pairs + (pairs - layout.full_pairs) / config.kv_block_size) / pairs
+    if least <= config.compute_budget:
+        return ()
+    return (
+        f"full tokens take {layout.full_pairs} of {pairs} block pairs a head, so that the cheapest plan costs "
+        f"{least:.4f}, above compute_budget={config.compute_budget:g}; the rest is read at one centroid a block.",
+    )
+
+
+class _Planner:
+    """The steps from tensors to levels, with what they share."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: PSAConfig,
+        layout: Layout,
+        lengths: Tensor | None,
+        scale: float,
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.config, self.layout, self.scale = config, layout, scale
+        self.real = None
+        self.counted = None
+        if lengths is not None:
+            self.real = real_positions(key.shape[1], config.kv_block_size, layout.order, lengths, key.device)
+            self.counted = self.real.any(2)
+
+    def levels(self) -> Tensor:
+        """int8 [batch, heads, query_blocks, kv_blocks] by the config's rule."""
+        config = self.config
+        cap = None
+        if config.similarity_thresholds is not None:
+            cap = similarity_cap(
+                self.key, self.layout.order, self.real, config.kv_block_size, config.similarity_thresholds
+            )
+        if config.rule == "budget":
+            return self._budget_levels(cap)
+        score = self._importance(self._query_samples()).score
+        if config.rule == "threshold":
+            levels = threshold_levels(score, config.level_thresholds, self.counted)
+        else:
+            levels = topk_levels(score, config.level_fractions, self.counted)
+        levels = levels if cap is None else cap_levels(levels, cap)
+        full = self._full_pairs()
+        if full is not None:
+            levels = torch.where(full, 1, levels).to(torch.int8)
+            levels = levels if self.counted is None else levels * self.counted[:, None, None, :]
+        return levels
+
+    def _budget_levels(self, cap: Tensor | None) -> Tensor:
+        config = self.config
+        samples = self._query_samples()
+        spread = measure_spread(
+            self.key, self.value, self.layout.order, self.real, config.kv_block_size, config.num_levels
+        )
+        importance = self._importance(samples, spread)
+        errors = pair_errors(importance, samples, spread, scale=self.scale)
+        prices = step_prices(errors, config.kv_block_size, cap)
+        limits = Limits(cap, self.counted, self._full_pairs())
+        return spend(prices, config.compute_budget, config.kv_block_size, limits)
+
+    def _query_samples(self) -> Samples:
+        config = self.config
+        return draw_samples(
+            self.query,
+            self.layout.order,
+            None,
+            config.query_block_size,
+            config.sampled_queries,
+            seed=config.seed,
+            kind="query",
+        )
+
+    def _importance(self, samples: Samples, spread: Spread | None = None) -> Importance:
+        config, order = self.config, self.layout.order
+        sizes = {"query_block_size": config.query_block_size, "kv_block_size": config.kv_block_size}
+        if config.importance == "antidiagonal":
+            return antidiagonal_importance(
+                self.query,
+                self.key,
+                order=order,
+                real=self.real,
+                scale=self.scale,
+                reduction=config.importance_reduction,
+                **sizes,
+            )
+        if config.importance == "pooled":
+            real = self.real
+            if real is None:
+                real = unpadded_positions(self.key.shape[1], config.kv_block_size, self.key.device)
+            key_mean = block_means(self.key, order, real) if spread is None else spread.key_mean
+            query_real = unpadded_positions(self.query.shape[1], config.query_block_size, self.query.device)
+            return pooled_importance(
+                block_means(self.query, order, query_real), key_mean, real.sum(2), scale=self.scale
+            )
+        keys = draw_samples(
+            self.key, order, self.real, config.kv_block_size, config.sampled_keys, seed=config.seed, kind="key"
+        )
+        return sampled_importance(samples, keys, scale=self.scale, reduction=config.importance_reduction)
+
+    def _full_pairs(self) -> Tensor | None:
+        """bool [query_blocks, kv_blocks]: pairs whose row or column holds a full token."""
+        layout = self.layout
+        if layout.full_kv_blocks is None:
+            return None
+        rows = -(-self.query.shape[1] // self.config.query_block_size)
+        full = layout.full_kv_blocks[None, :].expand(rows, -1)
+        return full if layout.full_query_blocks is None else full | layout.full_query_blocks[:, None]
