@@ -1,8 +1,8 @@
 """Say what a video shows, by plain image measurements: shape, colour, direction of motion, background.
 
-Nothing here is learnt and nothing knows the model. The background is the nearest named colour (in CIE Lab) to the median
-of the frame's border; the object is what differs from it; the shape is the template of equal area that overlaps it best;
-the direction is the larger component of the centroid's regression over time.
+Nothing here is learnt and nothing knows the model. The background is the nearest named colour (in CIE Lab) to the
+median of the frame's border; the object is what differs from it; the shape is the template of equal area that overlaps
+it best; the direction is the larger component of the centroid's regression over time.
 """
 
 from __future__ import annotations

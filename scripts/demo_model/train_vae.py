@@ -1,8 +1,8 @@
 """Train the demo model's VAE on drawn clips: small clips first, clips of the generated size last.
 
 Example: python scripts/demo_model/train_vae.py --run runs/demo/vae --minutes 40
-Running it again continues from the checkpoint in --run. With --freeze-encoder only the decoder learns, on slightly noised
-latents; the latents stay what the transformer was trained on.
+Running it again continues from the checkpoint in --run. With --freeze-encoder only the decoder learns, on
+slightly noised latents; the latents stay what the transformer was trained on.
 """
 
 from __future__ import annotations
