@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import demo
 from ..metrics import write_video
 from ..report.comparison import compare_videos, side_by_side
 from . import pipeline, run_record, settings
@@ -56,8 +55,7 @@ def prepare(
     config = settings.read_config(*attention)
     settings.check_lpips_weights(lpips_weights, compare)
     source = pipeline.find_model(model)
-    known = demo.model_vocabulary(source.folder) if source.folder else None
-    unknown_words = settings.check_words(texts, known)
+    unknown_words = settings.check_words(texts, source.vocabulary())
     chosen = _with_defaults(video, source)
     device = pipeline.pick_device(machine[0])
     pipeline.check_offload(machine[2], device)
@@ -91,8 +89,7 @@ def prepare(
 
 def _with_defaults(video: dict[str, Any], source: pipeline.ModelSource) -> dict[str, Any]:
     """What the user gave, else what the model says, else what Wan pipelines are meant for."""
-    own = demo.model_defaults(source.folder) if source.folder else {}
-    defaults = {**settings.WAN_DEFAULTS, **own}
+    defaults = {**settings.WAN_DEFAULTS, **source.defaults()}
     return {name: defaults[name] if value is None else value for name, value in video.items()}
 
 

@@ -100,7 +100,6 @@ def describe_run(run: Generated) -> dict[str, Any]:
         "dense_reasons": dict(counted.dense_reasons),
         "fallbacks": fallbacks(counted),
         "notes": list(counted.notes),
-        "statistics": counted.to_dict(),
     }
 
 
@@ -120,8 +119,8 @@ def fallbacks(counted: Any) -> list[dict[str, Any]]:
 
 
 def planned(reason: str) -> bool:
-    """Whether this reason is the schedule's (warm-up, last steps, chosen layers), not a fallback."""
-    return any(word in reason for word in ("warm", "last", "layer"))
+    """Whether the config asked for this: the plugin's reasons of that kind begin with "dense"."""
+    return reason.startswith("dense ")
 
 
 def describe_comparison(dense: Generated, sparse: Generated, closeness: dict[str, Any]) -> dict[str, Any]:
