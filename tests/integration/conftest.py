@@ -25,6 +25,8 @@ from psa_diffusers import PSAConfig
 from psa_diffusers.integration import operations
 from psa_diffusers.planning.plan import Plan
 
+torch.set_num_threads(1)  # the models are tiny: threads only cost
+
 TEXT_DIM = 16
 LAYERS = 2
 SIZE = {"height": 32, "width": 48, "num_frames": 9}  # 3 x 2 x 3 = 18 tokens
@@ -64,6 +66,9 @@ def vae():
     ).eval()
 
 
+KINDS = ("t2v", "i2v", "ti2v", "ti2v-image", "v2v", "vace", "experts")
+
+
 def pipeline(kind="t2v", scheduler="unipc"):
     """A tiny pipeline with random weights; no text encoder: :func:`generate` gives the embeddings."""
     parts = {"tokenizer": None, "text_encoder": None, "vae": vae(), "scheduler": SCHEDULERS[scheduler]()}
@@ -77,6 +82,10 @@ def pipeline(kind="t2v", scheduler="unipc"):
         model = transformer(in_channels=36, added_kv_proj_dim=24, image_dim=4)
         pipe = WanImageToVideoPipeline(transformer=model, image_encoder=None, image_processor=None, **parts)
         pipe.encode_image = lambda image, device: torch.ones(1, 5, 4)
+    elif kind == "ti2v-image":
+        pipe = WanImageToVideoPipeline(
+            transformer=transformer(), image_encoder=None, image_processor=None, expand_timesteps=True, **parts
+        )
     elif kind == "v2v":
         pipe = WanVideoToVideoPipeline(transformer=transformer(), **parts)
     elif kind == "vace":
