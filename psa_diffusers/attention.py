@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .backends import choose_backend, get_backend
 from .config import PSAConfig
-from .planning.plan import Plan
-from .validation import check_grid, check_key_lengths, check_scale, check_tensors
+from .planning import Plan, build_plan
+from .planning.validation import check_key_lengths, check_scale, check_tensors
 
 
 def pyramid_sparse_attention(
@@ -50,22 +50,15 @@ def pyramid_sparse_attention(
         TypeError, ValueError: an argument breaks its rule, does not fit the others or the plan, or the backend that the
             config names cannot compute this. The message names the argument, the rule and the value.
     """
-    check_tensors(query, key, value)
-    scale = check_scale(scale, query.shape[-1])
     config = PSAConfig() if config is None else config
     if not isinstance(config, PSAConfig):
         raise TypeError(f"config must be a PSAConfig or None, but is a {type(config).__name__}.")
-    check_key_lengths(key_lengths, query.shape[0], key.shape[1])
-    if key_lengths is not None and not isinstance(key_lengths, Tensor):
-        key_lengths = torch.tensor(key_lengths, dtype=torch.int64, device=query.device)
+    check_tensors(query, key, value)
+    scale = check_scale(scale, query.shape[-1])
     if plan is None:
-        check_grid(grid, full_tokens, query.shape[1], key.shape[1])
-        from .planning import build_plan
-
-        with torch.no_grad():
-            plan = build_plan(
-                query, key, value, config, grid=grid, full_tokens=full_tokens, key_lengths=key_lengths, scale=scale
-            )
+        plan = build_plan(
+            query, key, value, config, grid=grid, full_tokens=full_tokens, key_lengths=key_lengths, scale=scale
+        )
     else:
         check_plan(plan, query, key, key_lengths)
     probe = next((tensor for tensor in (query, key, value) if tensor.requires_grad), query)
@@ -113,11 +106,18 @@ def check_plan(plan: Plan, query: Tensor, key: Tensor, key_lengths: Tensor | Seq
                 f"plan.level_mask must hold levels 0 to num_levels + 1 = {plan.num_levels + 1}, "
                 f"but holds {lowest} to {highest}."
             )
-    if key_lengths is None or key_lengths is plan.key_lengths:
+    _check_planned_lengths(plan, check_key_lengths(key_lengths, batch, key.shape[1], query.device))
+
+
+def _check_planned_lengths(plan: Plan, key_lengths: Tensor | None) -> None:
+    if key_lengths is None:
         return
-    given = torch.as_tensor(key_lengths).cpu().tolist()
-    planned = None if plan.key_lengths is None else plan.key_lengths.cpu().tolist()
-    if given != planned:
+    if plan.key_lengths is None:
+        raise ValueError("plan was made without key_lengths, but key_lengths is given; build a new plan.")
+    if plan.key_lengths.device.type != "cpu" or key_lengths.device.type != "cpu":
+        return  # a look at their values would synchronise
+    if not torch.equal(plan.key_lengths, key_lengths):
         raise ValueError(
-            f"plan was made for key_lengths {planned}, but {given} is given; leave it out or build a new plan."
+            f"plan was made for key_lengths {plan.key_lengths.tolist()}, but {key_lengths.tolist()} is given; "
+            "leave key_lengths out or build a new plan."
         )

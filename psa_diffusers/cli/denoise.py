@@ -54,11 +54,11 @@ class StepClock:
         import torch
 
         self._torch = torch
-        self._on_gpu = torch.device(device).type == "cuda"
+        self.on_gpu = torch.device(device).type == "cuda"
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        if self._on_gpu:
+        if self.on_gpu:
             event = self._torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append(event)
@@ -71,7 +71,7 @@ class StepClock:
     def seconds(self) -> list[float]:
         """Seconds between marks. Waits for the GPU: call it after the run."""
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if not self._on_gpu:
+        if not self.on_gpu:
             return [after - before for before, after in pairs]
         self._torch.cuda.synchronize()
         return [before.elapsed_time(after) / 1000 for before, after in pairs]
@@ -86,9 +86,8 @@ class StepWatcher:
         self.pipe, self.sparse = pipe, sparse
         self.clock = StepClock(settings.device)
         self.kinds: list[str] = []
-        self._live_budget = self.clock._on_gpu is False  # reading it would make a GPU wait
+        self._live_budget = not self.clock.on_gpu  # reading it would make a GPU wait
         self._asked = settings.config.compute_budget
-        self._counts = (0, 0)
         self._bar = tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=quiet)
         transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
         self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in transformers if m is not None]
@@ -101,10 +100,7 @@ class StepWatcher:
         """diffusers' ``callback_on_step_end``."""
         self.clock.mark()
         statistics = plugin.statistics(pipe) if self.sparse else None
-        kind = DENSE
-        if statistics is not None:
-            kind = SPARSE if statistics.sparse_calls > self._counts[0] else DENSE
-            self._counts = (statistics.sparse_calls, statistics.dense_calls)
+        kind = DENSE if statistics is None or statistics.last_step is None else statistics.last_step[2]
         self.kinds.append(kind)
         self._bar.total = getattr(pipe, "num_timesteps", self._bar.total)  # Heun runs more steps than asked for
         self._bar.set_postfix_str(f"{kind}, compute budget {self._budget(kind, statistics)}", refresh=False)
@@ -155,7 +151,7 @@ def generate(pipe: Any, prompt: str, settings: GenerationSettings, *, sparse: bo
         )
         total = time.perf_counter() - start
         statistics = plugin.statistics(pipe) if sparse else None
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise CommandError(
             "out of memory. Use --offload model or sequential, a smaller --height and --width, or fewer --num-frames."
         ) from error

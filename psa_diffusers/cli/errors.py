@@ -63,6 +63,8 @@ def run_command(name: str, app: Callable[..., Any], arguments: Sequence[str] | N
                 for kind in (FutureWarning, DeprecationWarning):  # of the libraries below; nothing a user can act on
                     warnings.simplefilter("ignore", kind)
             result = app(args=arguments, prog_name=name, standalone_mode=False, obj=arguments)
+        if result == INTERRUPTED:  # newer typers catch Ctrl-C themselves
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt as error:
         return _report(name, InterruptedRunError("stopped; finished files were kept."), error, arguments)
@@ -85,10 +87,14 @@ def _explain(name: str, error: Exception) -> tuple[int, str]:
     if isinstance(error, CommandError):
         return error.exit_code, str(error)
     if hasattr(error, "format_message"):
-        return int(getattr(error, "exit_code", WRONG_USAGE)), f"{error.format_message()} See {name} --help."
+        return int(
+            getattr(error, "exit_code", WRONG_USAGE)
+        ), f"{error.format_message().rstrip('.')}. See {name} --help."
     if type(error).__name__ == "Abort":
         return INTERRUPTED, "stopped; finished files were kept."
-    return FAILED, f"{type(error).__name__}: {first_line(error)} Add --debug for the traceback."
+    kind, message = type(error).__name__, first_line(error)
+    what = kind if message == kind else f"{kind}: {message}"
+    return FAILED, f"{what.rstrip('.')}. Add --debug for the traceback."
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:

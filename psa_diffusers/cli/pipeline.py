@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,20 @@ class ModelSource:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _broken(self.name, f"{component}/config.json is missing or cannot be read", error) from error
+
+    def defaults(self) -> dict[str, Any]:
+        """How the model is meant to be run, where it says so itself."""
+        return self._read_extra(demo.model_defaults) or {}
+
+    def vocabulary(self) -> demo.Vocabulary | None:
+        """The words it knows, where it has a small vocabulary of its own."""
+        return self._read_extra(demo.model_vocabulary)
+
+    def _read_extra(self, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.folder) if self.folder else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _broken(self.name, f"{getattr(error, 'filename', None) or 'a file'} cannot be read", error) from error
 
     def identity(self) -> dict[str, str]:
         """What tells this model's weights from others: the Hub's commit, or a hash of the weights on disk."""
@@ -249,19 +266,22 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
         WrongUsageError: the model's files are incomplete or corrupt.
         CommandError: it does not fit in memory.
     """
+    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
+    from packaging.version import Version
 
-    _silence_loading()
     dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(source.location, torch_dtype=dtypes)
-    except torch.OutOfMemoryError:
-        raise
+        with _quiet_loading():
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, **{name: dtypes})
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"{source.name} does not fit in memory; try --offload or --dtype.") from error
     except ImportError as error:
         raise CommandError(f"loading {source.name} needs a package that is missing: {first_line(error)}") from error
     except Exception as error:  # every library below has its own kinds for a bad file
         raise _broken(source.name, "loading failed", error) from error
+    _check_all_weights(pipe, source)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -272,11 +292,49 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     return pipe
 
 
-def _silence_loading() -> None:
-    """No bars and no remarks of the libraries while loading: psa-generate has its own bar."""
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bars and no remarks of the libraries while loading: psa-generate has its own bar, and its own errors."""
     import diffusers
     import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+    loggers = [library.utils.logging for library in (diffusers, transformers)]
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+        logger.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.enable_progress_bar()
+            logger.set_verbosity(level)
+
+
+def _check_all_weights(pipe: Any, source: ModelSource) -> None:
+    """Refuse a model with weights missing from its files: the libraries leave those empty, or random without a word."""
+    import torch
+
+    for name, module in pipe.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        missing = [key for key, value in module.named_parameters() if value.is_meta]
+        missing = missing or _absent_from_files(module, source.folder / name if source.folder else None)
+        if missing:
+            raise _broken(source.name, f"{len(missing)} weights of {name} are missing, e.g. {missing[0]}")
+
+
+def _absent_from_files(module: Any, folder: Path | None) -> list[str]:
+    """Parameters that no file in the folder has under any of their names (tied ones have several)."""
+    from safetensors import safe_open
+
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors") if folder else ():
+        with safe_open(file, framework="pt") as weights:
+            stored.update(weights.keys())
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    absent = [aliases[0] for aliases in names.values() if stored.isdisjoint(aliases)]
+    # Files whose names follow another scheme (converted while loading) cannot be judged by names.
+    return absent if len(absent) < len(names) / 2 else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -100,7 +101,6 @@ def describe_run(run: Generated) -> dict[str, Any]:
         "dense_reasons": dict(counted.dense_reasons),
         "fallbacks": fallbacks(counted),
         "notes": list(counted.notes),
-        "statistics": counted.to_dict(),
     }
 
 
@@ -120,8 +120,8 @@ def fallbacks(counted: Any) -> list[dict[str, Any]]:
 
 
 def planned(reason: str) -> bool:
-    """Whether this reason is the schedule's (warm-up, last steps, chosen layers), not a fallback."""
-    return any(word in reason for word in ("warm", "last", "layer"))
+    """Whether the config asked for this: the plugin's reasons of that kind begin with "dense"."""
+    return reason.startswith("dense ")
 
 
 def describe_comparison(dense: Generated, sparse: Generated, closeness: dict[str, Any]) -> dict[str, Any]:
@@ -149,3 +149,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write whole or not at all. NaN and infinity are errors: JSON has neither."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    """A short name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

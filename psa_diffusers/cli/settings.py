@@ -104,7 +104,7 @@ def check_words(prompts: list[str], vocabulary: Vocabulary | None) -> list[str]:
         if not known:
             listed = f"unknown: {', '.join(unknown)}" if unknown else "none of its words says what to draw"
             raise WrongUsageError(
-                f'the bundled model knows no word of "{prompt}" ({listed}). It draws {vocabulary.describe()}.\n'
+                f'this model knows no word of "{prompt}" ({listed}). It draws {vocabulary.describe()}.\n'
                 "For anything else use a full model: --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
         ignored += [word for word in unknown if word not in ignored]

@@ -45,27 +45,29 @@ def model_defaults(folder: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a model with a small vocabulary knows.
+    """The words of a model with a small vocabulary of its own.
 
     Attributes:
-        groups: Words by what they are, e.g. ``{"colours": ("red", ...), "shapes": (...)}``.
-        fillers: Known words that say nothing alone, e.g. "a".
+        things: What it can draw, by kind: ``{"shapes": ("circle", ...), "colours": ("red", ...), ...}``.
+        telling: Words that say what to draw: the things and their synonyms.
+        known: All words that its tokenizer has, such as "a" and "background" too.
+        example: A prompt that it understands; may be empty.
     """
 
-    groups: dict[str, tuple[str, ...]]
-    fillers: tuple[str, ...] = ()
+    things: dict[str, tuple[str, ...]]
+    telling: frozenset[str]
+    known: frozenset[str]
+    example: str = ""
 
     def split(self, prompt: str) -> tuple[list[str], list[str]]:
-        """The prompt's words that mean something to the model, and those that it does not know."""
-        words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", prompt.lower())
-        meaningful = {word for group in self.groups.values() for word in group}
-        known = [word for word in words if word in meaningful]
-        unknown = [word for word in words if word not in meaningful and word not in self.fillers]
-        return known, list(dict.fromkeys(unknown))
+        """The prompt's words that say what to draw, and those that the model does not know, each once."""
+        words = list(dict.fromkeys(re.findall(r"\w+", prompt.lower())))
+        return [word for word in words if word in self.telling], [word for word in words if word not in self.known]
 
     def describe(self) -> str:
         """What the model can draw, as one line."""
-        return "; ".join(f"{name}: {', '.join(words)}" for name, words in self.groups.items())
+        kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in self.things.items())
+        return f'{kinds}; e.g. "{self.example}"' if self.example else kinds
 
 
 def model_vocabulary(folder: str | Path) -> Vocabulary | None:
@@ -74,5 +76,12 @@ def model_vocabulary(folder: str | Path) -> Vocabulary | None:
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
-    fillers = tuple(values.pop("fillers", ()))
-    return Vocabulary({name: tuple(words) for name, words in values.items() if isinstance(words, list)}, fillers)
+    things = {kind: names for kind, names in values.items() if isinstance(names, dict)}
+    telling = {name for names in things.values() for name in names}
+    # Of a phrase such as "moves to the left" the name in it tells, the rest does not.
+    phrases = [phrase for names in things.values() for synonyms in names.values() for phrase in synonyms]
+    telling |= {phrase for phrase in phrases if " " not in phrase}
+    tokenizer = json.loads((Path(folder) / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    known = telling | set(tokenizer["model"]["vocab"])
+    example = next(iter(values.get("examples", ())), "")
+    return Vocabulary({k: tuple(names) for k, names in things.items()}, frozenset(telling), frozenset(known), example)

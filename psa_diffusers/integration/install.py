@@ -8,7 +8,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import PSAConfig
-from .native import detach, set_processor
+from .native import PATCH, detach, set_processor
 from .processor import PSAProcessor, installed_processors, transformers_of
 from .statistics import PSAStatistics
 from .tokens import known_transformers
@@ -41,9 +41,8 @@ def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = 
     if models:
         processor = PSAProcessor(pipe, config)
         for model in models:
-            for module, slot in model._psa_patch.attention:
-                if slot.self_attention:
-                    set_processor(module, processor)
+            for module, slot in getattr(model, PATCH).attention:
+                set_processor(module, processor if slot.self_attention else slot.native)
     return pipe
 
 

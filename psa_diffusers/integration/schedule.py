@@ -70,8 +70,8 @@ class StepClock:
         context = context or CallContext()
         if explicit is not None:
             step = explicit
-        elif context.step_index is not None and (total := context.total or _tail_length(pipe, timesteps)):
-            step = Step(context.step_index, total)
+        elif context.step_index is not None:
+            step = Step(context.step_index, context.total or _run_length(pipe, timesteps) or 0)
         else:
             step = self._from_timesteps(pipe, timesteps, timestep, renewed)
         if step is None or not 0 <= step.index < step.total:
@@ -91,7 +91,8 @@ class StepClock:
             position = _nearest(timestep, timesteps)
         if position is None:
             return None
-        first = len(timesteps) - (_tail_length(pipe, timesteps) or 0) if pipe_runs else None
+        length = _run_length(pipe, timesteps) if pipe_runs else None
+        first = len(timesteps) - length if length else None
         if first is None or first > position:
             first = position if renewed or position < self._first else self._first
         self._first = first
@@ -103,12 +104,11 @@ def _timesteps_of(pipe: Any) -> torch.Tensor | None:
     return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
 
 
-def _tail_length(pipe: Any, timesteps: torch.Tensor | None) -> int | None:
-    """How many timesteps the run executes: the pipeline says so before its loop (``num_timesteps``)."""
-    if timesteps is None:
-        return None
-    count = getattr(pipe, "_num_timesteps", None)
-    return count if isinstance(count, int) and 0 < count <= len(timesteps) else len(timesteps)
+def _run_length(pipe: Any, timesteps: torch.Tensor | None) -> int | None:
+    """How many of the timesteps the run executes, as the pipeline says before its loop (``pipe.num_timesteps``)."""
+    length = getattr(pipe, "_num_timesteps", None)
+    known = isinstance(length, int) and timesteps is not None and 0 < length <= len(timesteps)
+    return length if known else None
 
 
 def _place_in_storage(timestep: Any, timesteps: torch.Tensor) -> int | None:

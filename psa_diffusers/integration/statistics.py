@@ -1,4 +1,4 @@
-"""What a run did: sparse and dense calls, reasons, achieved compute budget, time. Nothing waits for a GPU until read."""
+"""What a run did: sparse and dense calls, reasons, achieved compute budget, time. Only reading waits for a GPU."""
 
 from __future__ import annotations
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-WORDS = ("<pad>", "<unk>", "</s>", "a", "on", "the", "red", "blue", "circle", "square", "moves", "left", "right")
-SIZE = {"num_frames": 5, "height": 32, "width": 48, "num_inference_steps": 4, "guidance_scale": 1.0, "fps": 8}
+WORDS = ("<pad>", "<unk>", "</s>", "a", "on", "the", "to", "red", "blue", "circle", "ball", "square", "moves", "left")
+SIZE = {"num_frames": 5, "height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0, "fps": 8}
 VOCABULARY = {
-    "colours": ["red", "blue"],
-    "shapes": ["circle", "square"],
-    "motions": ["left", "right"],
-    "fillers": ["a", "on", "the", "moves"],
+    "shapes": {"circle": ["circle", "ball"], "square": ["square"]},
+    "colours": {"red": ["red"], "blue": ["blue"]},
+    "motions": {"left": ["moves left", "moves to the left"]},
+    "other_words": ["a", "on"],
+    "examples": ["a red circle moves left"],
+    "fps": 8,
 }
 
 
@@ -48,7 +50,7 @@ def make_pipeline(seed: int = 0):
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
         )
         transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
+            patch_size=(1, 1, 1),  # 128 tokens at the default size: two blocks of keys
             num_attention_heads=2,
             attention_head_dim=32,
             in_channels=4,
