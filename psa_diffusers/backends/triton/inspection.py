@@ -126,7 +126,7 @@ def report_cases() -> list[Case]:
             cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
         for head_dim in (64, 128):
             cases += [Case("attention", target, "bf16", head_dim, query_block_size=size) for size in (16, 32, 64, 256)]
-            cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 256)]
+            cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 1024)]
     return cases
 
 
