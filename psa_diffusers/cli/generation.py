@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import PSAConfig
 from ..metrics import write_video
 from ..report.comparison import compare_videos, side_by_side
 from . import pipeline, run_record, settings
@@ -56,7 +57,36 @@ def prepare(
     settings.check_lpips_weights(lpips_weights, compare)
     source = pipeline.find_model(model)
     unknown_words = settings.check_words(texts, source.vocabulary())
-    chosen = _with_defaults(video, source)
+    resolved = resolve_settings(source, config, video, machine, seed, preset=attention[0])
+    identity = source.identity()
+    requests = [run_record.describe_request(text, resolved, identity, compare) for text in texts]
+    numbered = prompts[1] is not None
+    if output is None:
+        output = Path("outputs") / prompts[1].stem if numbered else default_folder(texts[0], seed)
+    folders = plan_folders(output, requests, numbered, overwrite)
+    return Job(source, texts, requests, resolved, folders, compare, lpips_weights, command, unknown_words)
+
+
+def resolve_settings(
+    source: pipeline.ModelSource,
+    config: PSAConfig,
+    video: dict[str, Any],
+    machine: tuple[str | None, str | None, str],
+    seed: int,
+    preset: str | None = None,
+) -> settings.GenerationSettings:
+    """What the user gave, else what the model says, else what Wan pipelines are meant for; all of it checked.
+
+    Args:
+        source: The model.
+        config: How sparse steps are computed.
+        video: Keys of ``WAN_DEFAULTS``; None where the user gave nothing.
+        machine: Device, dtype (None picks) and offload.
+        seed: Of the noise.
+        preset: Name of the config, for the record.
+    """
+    given = {name: value for name, value in video.items() if value is not None}
+    chosen = {**settings.WAN_DEFAULTS, **source.defaults(), **given}
     device = pipeline.pick_device(machine[0])
     pipeline.check_offload(machine[2], device)
     resolved = settings.GenerationSettings(
@@ -73,24 +103,12 @@ def prepare(
         device=device,
         offload=machine[2],
         config=config,
-        preset=attention[0],
+        preset=preset,
     )
     settings.check_numbers(resolved.steps, resolved.guidance_scale, resolved.fps, resolved.seed)
     settings.check_size(resolved.num_frames, resolved.height, resolved.width, *pipeline.size_rules(source))
     pipeline.check_backend(config.backend, device)
-    identity = source.identity()
-    requests = [run_record.describe_request(text, resolved, identity, compare) for text in texts]
-    numbered = prompts[1] is not None
-    if output is None:
-        output = Path("outputs") / prompts[1].stem if numbered else default_folder(texts[0], seed)
-    folders = plan_folders(output, requests, numbered, overwrite)
-    return Job(source, texts, requests, resolved, folders, compare, lpips_weights, command, unknown_words)
-
-
-def _with_defaults(video: dict[str, Any], source: pipeline.ModelSource) -> dict[str, Any]:
-    """What the user gave, else what the model says, else what Wan pipelines are meant for."""
-    defaults = {**settings.WAN_DEFAULTS, **source.defaults()}
-    return {name: defaults[name] if value is None else value for name, value in video.items()}
+    return resolved
 
 
 def run(job: Job, *, say: Say, quiet: bool) -> list[dict[str, Any]]:
