@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .compiled import leave_graph
 from .schedule import CallContext
 from .tokens import ModelRow, find_row
 
@@ -142,7 +143,7 @@ def _native_of(module: nn.Module) -> Any:
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()  # facts of the run are read here, outside any graph
+        leave_graph()
     patch = getattr(model, PATCH)
     arguments = patch.signature.bind_partial(model, *args, **kwargs).arguments
     for processor in patch.processors():
@@ -151,7 +152,7 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
 
 def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()
+        leave_graph()
     patch = getattr(model, PATCH)
     for processor in patch.processors():
         processor.end_forward(patch)
@@ -206,6 +207,22 @@ def reroute(native: type, attention: Callable[..., torch.Tensor]) -> Callable[..
     rerouted = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
     rerouted.__kwdefaults__ = function.__kwdefaults__
     return rerouted
+
+
+def widen_signature(function: Callable[..., Any], natives: set[type]) -> None:
+    """Let a processor's ``__call__`` name the parameters of these natives beside those that it names already.
+
+    ``Attention.forward`` passes on only arguments that ``inspect.signature(processor.__call__)`` names: a bare
+    ``**kwargs`` loses the rotary embedding without a word. Dynamo does not trace a ``__call__`` of the object's own,
+    so that the names are the class's, and only ever added to.
+    """
+    named = dict(inspect.signature(function).parameters)
+    positional = [named.pop(name) for name in ("self", "attn")]
+    others = {name: p for name, p in named.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for native in natives:
+        for name in list(inspect.signature(native.__call__).parameters)[2:]:
+            others[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    function.__signature__ = inspect.Signature([*positional, *others.values()])
 
 
 def _through(attention: Callable[..., torch.Tensor], dense: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

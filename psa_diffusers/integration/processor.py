@@ -17,7 +17,7 @@ from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations
 from .compiled import compiled_blocks, register_processor
-from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute
+from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
 from .statistics import PSAStatistics
 from .tokens import TokenLayout, find_row, known_transformers
@@ -102,6 +102,7 @@ class PSAProcessor(SparseProcessor):
         known = {type(slot.native) for slot in self._slots if slot.self_attention and slot.known}
         routes = {native: reroute(native, self._attention) for native in known}
         self._routes = {native: route for native, route in routes.items() if route is not None}
+        widen_signature(PSAProcessor.__call__, natives)
         for native in natives - set(self._routes):
             logger.warning(f"PSA cannot reroute {native.__name__}: the attention that it computes stays dense.")
 

@@ -54,6 +54,7 @@ def test_the_one_line_does_the_same_as_enable(recorder):
     by_processor = generate(pipe)
     calls, recorder.calls = recorder.calls, []
     assert psa_statistics(pipe).sparse_calls == 3 * 2 * LAYERS
+    assert psa_statistics(pipe).dense_reasons == {"dense warm-up": 2 * LAYERS}  # cross-attention is not counted
     disable_psa(pipe)
     assert traces(pipe.transformer) == before
     assert torch.equal(generate(enable_psa(pipe, tiny_config())), by_processor)

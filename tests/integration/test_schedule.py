@@ -215,6 +215,17 @@ def test_clock_counts_the_tail_that_runs(count):
     assert steps == [Step(0, 3), Step(1, 3), Step(2, 3)]
 
 
+def test_clock_does_not_believe_a_length_that_the_position_contradicts():
+    """Some pipelines count steps, not timesteps: with a scheduler of second order the run is longer."""
+    timesteps = torch.arange(1000, 0, -100)
+    clock, pipe = StepClock(), Pipe(timesteps, 6)
+    steps = []
+    for timestep in timesteps[1:4]:
+        pipe._current_timestep = timestep
+        steps.append(clock.locate(pipe, None)[0])
+    assert steps == [Step(0, 9), Step(1, 9), Step(2, 9)]
+
+
 @pytest.mark.parametrize("value", [600, 600.0, torch.tensor(600.0), torch.tensor([600]).bfloat16(), torch.tensor(601)])
 def test_clock_finds_a_copied_timestep_by_value(value):
     clock, pipe = StepClock(), Pipe(torch.tensor([900.0, 600.0, 300.0]), 3)
