@@ -18,6 +18,7 @@ from .tokens import ModelRow, find_row
 
 PATCH = "_psa_patch"  # on a root transformer
 SLOT = "_psa_slot"  # on an attention module
+OUTSIDE = "outside the transformer's forward"
 
 
 class SparseProcessor:
@@ -26,19 +27,30 @@ class SparseProcessor:
     def begin_forward(self, model: nn.Module, patch: ModelPatch, arguments: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
-    def end_forward(self) -> None:
+    def end_forward(self, patch: ModelPatch) -> None:
         raise NotImplementedError
 
 
 @dataclass(eq=False)
 class AttentionSlot:
-    """An attention module's native processor, and what the model's row says of the two."""
+    """An attention module's native processor, what the model's row says of the two, and whether it now runs sparse.
+
+    A compiled block reads ``sparse`` and ``native`` alone; the rest differs between layers, and would compile it anew
+    for each. ``position`` (0-d int64) is among the tensors of a block, which may differ.
+    """
 
     native: Any
     name: str
     layer: int
     self_attention: bool
     known: bool  # the native is one that may be rerouted
+    position: torch.Tensor  # in ModelPatch.attention
+    sparse: bool = False
+    dense_reason: str = OUTSIDE
+
+    def decide(self, dense_reason: str | None) -> None:
+        """Run sparse, or dense for this reason."""
+        self.sparse, self.dense_reason = dense_reason is None, dense_reason or ""
 
 
 @dataclass(eq=False)
@@ -51,6 +63,10 @@ class ModelPatch:
     handles: list[Any] = field(default_factory=list)
     context: CallContext | None = None
 
+    def slots_of(self, processor: SparseProcessor) -> list[AttentionSlot]:
+        """Slots of the attention modules that this processor is now on."""
+        return [slot for module, slot in self.attention if module.processor is processor]
+
     def processors(self) -> list[SparseProcessor]:
         """The sparse processors now on the attention modules, each once."""
         found = [module.processor for module, _ in self.attention if isinstance(module.processor, SparseProcessor)]
@@ -61,25 +77,33 @@ class ModelPatch:
 
 
 def attach(model: nn.Module) -> ModelPatch:
-    """Remember the native processors of a transformer that has a row, and watch its forwards. Again = anew."""
-    modules = [(name, module) for name, module in model.named_modules() if callable(getattr(module, "processor", None))]
-    row, attention = find_row(model), []
-    for name, module in modules:
-        native = _native_of(module)
-        known = type(native).__name__ in row.natives
-        slot = AttentionSlot(native, name, row.layer(model, name), row.is_self_attention(name, module), known)
-        module.__dict__[SLOT] = slot
-        attention.append((module, slot))
-    _remove_hooks(model)
-    patch = ModelPatch(row, attention, inspect.signature(type(model).forward))
-    patch.handles = [
-        model.register_forward_pre_hook(_before_forward, with_kwargs=True),
-        model.register_forward_hook(_after_forward, always_call=True),
-    ]
-    model.__dict__[PATCH] = patch
-    if hasattr(type(model), "cache_context"):
-        model.__dict__["cache_context"] = cache_context.__get__(model)
+    """Remember the native processors of a transformer that has a row, and watch its forwards. Again = still."""
+    patch = model.__dict__.get(PATCH)
+    if patch is None:
+        patch = model.__dict__[PATCH] = ModelPatch(find_row(model), [], inspect.signature(type(model).forward))
+        patch.handles = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, always_call=True),
+        ]
+        if hasattr(type(model), "cache_context"):
+            model.__dict__["cache_context"] = cache_context.__get__(model)
+    found = [(name, part) for name, part in model.named_modules() if callable(getattr(part, "processor", None))]
+    patch.attention = [(part, _slot_of(model, patch.row, name, part, i)) for i, (name, part) in enumerate(found)]
     return patch
+
+
+def _slot_of(model: nn.Module, row: ModelRow, name: str, module: nn.Module, position: int) -> AttentionSlot:
+    native, slot = _native_of(module), getattr(module, SLOT, None)
+    if slot is None or slot.native is not native:
+        slot = module.__dict__[SLOT] = AttentionSlot(
+            native,
+            name,
+            layer=row.layer(model, name),
+            self_attention=row.is_self_attention(name, module),
+            known=type(native).__name__ in row.natives,
+            position=torch.tensor(position, device="cpu"),
+        )
+    return slot
 
 
 def detach(model: nn.Module) -> None:
@@ -128,8 +152,9 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
 def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()
-    for processor in getattr(model, PATCH).processors():
-        processor.end_forward()
+    patch = getattr(model, PATCH)
+    for processor in patch.processors():
+        processor.end_forward(patch)
 
 
 @contextmanager

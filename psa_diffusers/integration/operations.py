@@ -22,7 +22,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, plan: P
     return pyramid_sparse_attention(query, key, value, config, plan=plan, scale=scale)
 
 
-def choose_backend(name: str, query: Tensor) -> tuple[str, str]:
+def choose_backend(name: str, query: Tensor, plan: Plan) -> tuple[str, str]:
     from ..backends import choose_backend
 
-    return choose_backend(name, query)
+    return choose_backend(name, query, plan)

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations
-from .native import SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute
+from .compiled import compiled_blocks, register_processor
+from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
 from .statistics import PSAStatistics
 from .tokens import TokenLayout, find_row, known_transformers
 
 logger = logging.get_logger(__name__)
+
+NO_NATIVES = (
+    "PSAProcessor: it does not know the native processors of this model. Make it with the pipeline or model that it is "
+    "set on, before it is set: pipe.transformer.set_attn_processor(PSAProcessor(pipe, config)), or enable_psa(pipe, "
+    "config)."
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,9 @@ class ForwardCall:
     """What one forward of a transformer has in common: read once, by the hook, before it."""
 
     step: Step | None
-    dense_reason: str | None
     layout: TokenLayout | None
     branch: str | int
-
-
-OUTSIDE = ForwardCall(None, "outside the transformer's forward", None, 0)
+    slots: tuple[AttentionSlot, ...]
 
 
 class PSAProcessor(SparseProcessor):
@@ -85,13 +89,14 @@ class PSAProcessor(SparseProcessor):
         self.statistics = sibling.statistics if sibling else PSAStatistics()
         self._clock = sibling._clock if sibling else StepClock()
         self._explicit: Step | None = None
-        self._call = OUTSIDE
+        self._call = ForwardCall(None, None, 0, ())
         self._slot: AttentionSlot | None = None  # the attention module that is being called
         self._counted: tuple[Step | None, int, int] = (None, 0, 0)  # step, transformer, forwards of it in the step
         self._plans: dict[tuple[AttentionSlot, str | int], tuple[int, tuple, Plan]] = {}
         self._warned = False
 
     def _build_routes(self) -> None:
+        self._id, self._prepared = register_processor(self), bool(self._slots)
         # Now, and one a class, so that a compiled block finds one and the same function at every call.
         natives = {type(slot.native) for slot in self._slots if slot.self_attention}
         known = {type(slot.native) for slot in self._slots if slot.self_attention and slot.known}
@@ -146,6 +151,9 @@ class PSAProcessor(SparseProcessor):
 
     def begin_forward(self, model: nn.Module, patch: ModelPatch, arguments: Mapping[str, Any]) -> None:
         """Find step, tokens and guidance branch of the transformer call that begins (called by its hook)."""
+        slots = patch.slots_of(self)
+        if not any(slot in self._slots for slot in slots):
+            raise ValueError(NO_NATIVES)
         _refuse_ring(self._parallel_config)
         step, new_run = self._clock.locate(self._pipe(), arguments.get("timestep"), patch.context, self._explicit)
         if new_run:
@@ -159,12 +167,29 @@ class PSAProcessor(SparseProcessor):
             self._warn_of_unknown_step()
         elif reason is None and layout is None:
             reason = "token grid unknown"
-        branch = self._branch(model, patch, step, new_run)
-        self._call = ForwardCall(step, reason, layout, branch)
+        self._call = ForwardCall(
+            step, layout, self._branch(model, patch, step, new_run), tuple(slot for _, slot in patch.attention)
+        )
+        for slot in slots:
+            slot.decide(reason or self._dense_reason_of_layer(slot))
+        self._count_compiled(model, slots)
 
-    def end_forward(self) -> None:
+    def end_forward(self, patch: ModelPatch) -> None:
         """The transformer call is over, by its end or by an error (called by its hook)."""
-        self._call = OUTSIDE
+        for slot in patch.slots_of(self):
+            slot.decide(OUTSIDE)
+
+    def _dense_reason_of_layer(self, slot: AttentionSlot) -> str | None:
+        if slot.layer in self.config.dense_layers:
+            return "dense layer"
+        return None if type(slot.native) in self._routes else "unknown attention processor"
+
+    def _count_compiled(self, model: nn.Module, slots: list[AttentionSlot]) -> None:
+        """Dense calls inside compiled blocks, which cannot count: every one of their layers will be called."""
+        blocks = compiled_blocks(model)
+        for slot in slots if blocks else ():
+            if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
+                self.statistics.count_dense(slot.dense_reason)
 
     def _branch(self, model: nn.Module, patch: ModelPatch, step: Step | None, new_run: bool) -> str | int:
         """Which of a step's forwards this is: as the pipeline names it, else by its number in the step."""
@@ -186,43 +211,42 @@ class PSAProcessor(SparseProcessor):
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         slot = getattr(attn, SLOT, None)
-        if slot is None or not self._slots:
-            raise ValueError(
-                "PSAProcessor: it does not know the native processors of this model. Make it with the pipeline or "
-                "model that it is set on, before it is set: "
-                "pipe.transformer.set_attn_processor(PSAProcessor(pipe, config)), or enable_psa(pipe, config)."
-            )
-        if not slot.self_attention:
-            return slot.native(attn, *args, **kwargs)
-        reason = self._dense_reason(slot)
-        if reason is not None:
-            self.statistics.count_dense(reason)
-            return slot.native(attn, *args, **kwargs)
-        self._slot = slot
-        return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
-
-    def _dense_reason(self, slot: AttentionSlot) -> str | None:
-        if self._call.dense_reason is not None:
-            return self._call.dense_reason
-        if slot.layer in self.config.dense_layers:
-            return "dense layer"
-        return None if type(slot.native) in self._routes else "unknown attention processor"
+        if slot is None or not self._prepared:
+            raise ValueError(NO_NATIVES)
+        if slot.self_attention and slot.sparse:
+            self._slot = slot
+            return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
+        if slot.self_attention and not torch.compiler.is_compiling():
+            self.statistics.count_dense(slot.dense_reason)
+        return slot.native(attn, *args, **kwargs)
 
     def _attention(self, dense: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Stands in for the attention function of a native processor; [batch, seq, heads, head_dim]."""
-        reason = self._dense_reason_of(query, key, value, options)
+        reason, scale = self._dense_reason_of(query, key, value, options), options.get("scale")
+        if torch.compiler.is_compiling():
+            if reason is not None:
+                return dense(query, key, value, **options)
+            return torch.ops.psa_diffusers.self_attention(query, key, value, self._slot.position, self._id, scale)
         if reason is not None:
             self.statistics.count_dense(reason)
             return dense(query, key, value, **options)
-        statistics, scale = self.statistics, options.get("scale")
-        if statistics.backend is None:
-            statistics.backend, statistics.backend_reason = operations.choose_backend(self.config.backend, query)
+        return self.attend(query, key, value, self._slot, scale)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Tensor:
+        """Plan and compute one call of this attention module, and count it."""
+        statistics, config = self.statistics, self.config
         with statistics.timed("planning", query.device):
-            plan = self._plan(query, key, value, scale)
+            plan = self._plan(query, key, value, slot, scale)
+        if statistics.backend is None:
+            statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device):
-            output = operations.attend(query, key, value, self.config, plan, scale)
+            output = operations.attend(query, key, value, config, plan, scale)
         statistics.count_sparse(plan)
         return output
+
+    def attend_at(self, query: Tensor, key: Tensor, value: Tensor, position: int, scale: float | None) -> Tensor:
+        """:meth:`attend` for the attention module at this position of the transformer that is running."""
+        return self.attend(query, key, value, self._call.slots[position], scale)
 
     def _dense_reason_of(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
         """Why this call cannot be sparse, by what the native processor asks for; None where it can."""
@@ -238,12 +262,12 @@ class PSAProcessor(SparseProcessor):
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
-    def _plan(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Plan:
+    def _plan(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Plan:
         """A new plan, or the one of an earlier step while ``refresh_every`` allows."""
         call, config = self._call, self.config
-        slot = (self._slot, call.branch)
+        owner = (slot, call.branch)
         facts = (query.shape, key.shape, query.device, call.layout.grid)
-        made, made_for, plan = self._plans.pop(slot, (-1, None, None))
+        made, made_for, plan = self._plans.pop(owner, (-1, None, None))
         if plan is None or made_for != facts or not 0 < call.step.index - made < config.refresh_every:
             layout, made = call.layout, call.step.index
             where = {"grid": layout.grid, "full_tokens": layout.full_tokens, "key_lengths": layout.key_lengths}
@@ -251,7 +275,7 @@ class PSAProcessor(SparseProcessor):
         ahead = call.step.index + 1
         sparse_until = call.step.total - dense_steps(config.dense_last, call.step.total)
         if ahead < min(made + config.refresh_every, sparse_until):
-            self._plans[slot] = (made, facts, plan)
+            self._plans[owner] = (made, facts, plan)
         return plan
 
     # -- copies -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The ``budget`` rule: the levels of least estimated error that a compute budget pays for.
 
-Every block pair stands on a ladder: rung 0 is the centroid, rung 1 the coarsest level, rung ``num_levels`` level 1. At a
-price ``lambda`` a pair takes the rung with the least error + lambda * cost, which is a vertex of the lower convex hull
+Every block pair stands on a ladder: rung 0 is the centroid, rung 1 the coarsest level, rung ``num_levels`` level 1.
+At a price ``lambda`` a pair takes the rung with the least error + lambda * cost, which is a vertex of the lower convex hull
 of its (cost, error) points; so each step of the ladder has one lambda below which it is taken. The steps are counted in
 a histogram over lambda, its cumulative cost gives the lambda at which the budget is spent, and the bin in which that
 happens is filled in index order. Nothing is sorted and nothing is read back, so that a GPU is never waited for; costs
@@ -86,7 +86,7 @@ def spend(prices: Tensor, compute_budget: float, kv_block_size: int, limits: Lim
     Returns:
         int8 [batch, heads, query_blocks, kv_blocks].
     """
-    num_levels, batch, heads, query_blocks, kv_blocks = prices.shape
+    num_levels, batch = prices.shape[:2]
     costs = _step_costs(prices, kv_block_size, limits)
     room = _room(prices.shape, compute_budget, kv_block_size, limits, prices.device)
     last_bin, left = _last_bin(prices, costs, room)

@@ -9,7 +9,14 @@ from ..config import PSAConfig
 from .blocks import Layout, make_layout, real_positions, unpadded_positions
 from .budget import Limits, spend, step_prices
 from .errors import pair_errors
-from .importance import Importance, antidiagonal_importance, block_means, pooled_importance, sampled_importance
+from .importance import (
+    Importance,
+    antidiagonal_importance,
+    block_means,
+    centroid_energy,
+    pooled_importance,
+    sampled_importance,
+)
 from .levels import cap_levels, threshold_levels, topk_levels
 from .plan import Plan
 from .sampling import Samples, draw_samples
@@ -157,7 +164,15 @@ class _Planner:
             self.key, self.value, self.layout.order, self.real, config.kv_block_size, config.num_levels
         )
         importance = self._importance(samples, spread)
-        errors = pair_errors(importance, samples, spread, scale=self.scale)
+        second = centroid_energy(
+            samples,
+            spread.key_mean,
+            spread.key[-1],
+            self._key_counts(),
+            config.kv_block_size,
+            scale=self.scale,
+        )
+        errors = pair_errors(importance, second, samples, spread, scale=self.scale)
         prices = step_prices(errors, config.kv_block_size, cap)
         limits = Limits(cap, self.counted, self._full_pairs())
         return spend(prices, config.compute_budget, config.kv_block_size, limits)
@@ -172,6 +187,7 @@ class _Planner:
             config.sampled_queries,
             seed=config.seed,
             kind="query",
+            rounds=2 if config.rule == "budget" else 1,
         )
 
     def _importance(self, samples: Samples, spread: Spread | None = None) -> Importance:
@@ -199,7 +215,15 @@ class _Planner:
         keys = draw_samples(
             self.key, order, self.real, config.kv_block_size, config.sampled_keys, seed=config.seed, kind="key"
         )
-        return sampled_importance(samples, keys, scale=self.scale, reduction=config.importance_reduction)
+        first = samples.first(config.sampled_queries)
+        return sampled_importance(first, keys, scale=self.scale, reduction=config.importance_reduction)
+
+    def _key_counts(self) -> Tensor | None:
+        """int64 [batch or 1, kv_blocks]: real keys of each block; None when all blocks are full."""
+        if self.real is not None:
+            return self.real.sum(2)
+        length, size = self.key.shape[1], self.config.kv_block_size
+        return unpadded_positions(length, size, self.key.device).sum(2) if length % size else None
 
     def _full_pairs(self) -> Tensor | None:
         """bool [query_blocks, kv_blocks]: pairs whose row or column holds a full token."""

@@ -27,13 +27,18 @@ class Samples:
     valid: Tensor | None
     weights: Tensor | None
 
+    def first(self, samples: int) -> Samples:
+        """The first ``samples`` that were drawn of each block. Weights are those of all and are dropped."""
+        valid = None if self.valid is None else self.valid[:, :samples]
+        return Samples(self.rows[:, :, :samples], valid, None)
+
 
 @lru_cache(maxsize=64)
 def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int) -> Tensor:
     """int64 [blocks, block_size]: each row the positions of a block in the order in which they are drawn.
 
-    The first ``samples`` lie one in each of as many equal runs of the block, so that they cover it; which one is
-    random. A block's row depends on the seed, the kind and its index, not on how many blocks there are.
+    The first ``samples`` lie one in each of as many equal runs of the block, so that they cover it, the next ones
+    likewise; which one of a run is random. A block's row depends on the seed, the kind and its index, not on how many blocks there are.
     """
     rows = []
     for block in range(blocks):
@@ -49,11 +54,11 @@ def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int
 
 @lru_cache(maxsize=64)
 def _positions(
-    seed: int, kind: str, length: int, block_size: int, samples: int, device: str
+    seed: int, kind: str, length: int, block_size: int, runs: int, samples: int, device: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Positions int64 [1, blocks, samples], valid and weights for a sequence without padding."""
     blocks = -(-length // block_size)
-    order = _priorities(seed, kind, blocks, block_size, samples)
+    order = _priorities(seed, kind, blocks, block_size, runs)
     real = unpadded_positions(length, block_size, torch.device("cpu"))
     positions, valid, weights = _choose(order, real, samples)
     if length % block_size == 0:
@@ -75,20 +80,30 @@ def _choose(order: Tensor, real: Tensor, samples: int) -> tuple[Tensor, Tensor, 
 
 
 def draw_samples(
-    tokens: Tensor, order: Tensor | None, real: Tensor | None, block_size: int, samples: int, *, seed: int, kind: str
+    tokens: Tensor,
+    order: Tensor | None,
+    real: Tensor | None,
+    block_size: int,
+    samples: int,
+    *,
+    seed: int,
+    kind: str,
+    rounds: int = 1,
 ) -> Samples:
-    """``samples`` tokens of every block of ``tokens`` [batch, seq, heads, head_dim]; ``kind`` "query" or "key".
+    """``rounds * samples`` tokens of every block of ``tokens`` [batch, seq, heads, head_dim].
+
+    The first ``samples`` do not depend on ``rounds``. ``kind`` is "query" or "key", so that the two are drawn apart.
 
     ``real`` is bool [batch, blocks, block_size] where the batch is padded, else None. The positions are the same for
     all heads, and for the whole batch but for padding.
     """
     batch, length, heads, head_dim = tokens.shape
-    samples = min(samples, block_size)
+    runs, samples = min(samples, block_size), min(rounds * samples, block_size)
     blocks = -(-length // block_size)
     if real is None:
-        positions, valid, weights = _positions(seed, kind, length, block_size, samples, str(tokens.device))
+        positions, valid, weights = _positions(seed, kind, length, block_size, runs, samples, str(tokens.device))
     else:
-        drawn = _priorities(seed, kind, blocks, block_size, samples).to(tokens.device)
+        drawn = _priorities(seed, kind, blocks, block_size, runs).to(tokens.device)
         positions, valid, weights = _choose(drawn, real, samples)
     positions = positions.transpose(1, 2).reshape(positions.shape[0], -1).clamp(max=length - 1)
     if order is not None:

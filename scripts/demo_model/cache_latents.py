@@ -1,6 +1,7 @@
 """Encode drawn training clips to latents once, for the transformer's training; running it again adds more.
 
-Example: python scripts/demo_model/cache_latents.py --vae runs/demo/vae/checkpoint.pt --out runs/demo/latents --grid 17x8x8
+Example: python scripts/demo_model/cache_latents.py --vae runs/demo/vae/checkpoint.pt \\
+    --out runs/demo/latents --grid 17x8x8 --count 1500
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
-"""Flow matching as diffusers' flow schedulers expect it: x = (1 - sigma) * clean + sigma * noise, velocity = noise - clean."""
+"""Flow matching as diffusers' flow schedulers expect it.
+
+x = (1 - sigma) * clean + sigma * noise, velocity = noise - clean, timestep = 1000 * sigma.
+"""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +59,7 @@ def sample(model: TextToVideo, prompts, grid, tokenizer, attention, steps=16, gu
     latents = torch.randn(len(prompts), channels, *grid, generator=generator)
     shift = shift_for(latents[0, 0].numel())
     levels = shifted(torch.linspace(1, 0, steps + 1), shift)
-    for level, following in zip(levels[:-1], levels[1:], strict=True):
+    for level, following in pairwise(levels):
         sigma = level.expand(2 * len(prompts))
         both = [*prompts, *[""] * len(prompts)]
         with torch.autocast("cpu", dtype=torch.bfloat16):

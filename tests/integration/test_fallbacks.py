@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAYERS, pipeline, tiny_config
 
 from psa_diffusers.integration import PSAProcessor, enable_psa, psa_statistics
 from psa_diffusers.integration.native import SLOT
+
+from .tiny_wan import LAYERS, pipeline, tiny_config
 
 
 def sparse_model(**settings):

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import KINDS, LAYERS, generate, pipeline, tiny_config, transformer
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, psa_statistics
+
+from .tiny_wan import KINDS, LAYERS, generate, pipeline, tiny_config, transformer
 
 ALWAYS = {"dense_warmup": 0.0}
 

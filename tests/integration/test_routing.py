@@ -6,11 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, LAYERS, generate, pipeline, tiny_config, transformer
 from diffusers.models.transformers import transformer_wan
 
 from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, psa_statistics
 from psa_diffusers.integration.native import reroute
+
+from .tiny_wan import KINDS, LAYERS, generate, pipeline, tiny_config, transformer
 
 ALWAYS = {"dense_warmup": 0.0}
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import LAYERS, SCHEDULERS, generate, pipeline, tiny_config
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.integration import PSAProcessor, enable_psa, psa_statistics
 from psa_diffusers.integration.schedule import CallContext, Step, StepClock, dense_reason, dense_steps
+
+from .tiny_wan import LAYERS, SCHEDULERS, generate, pipeline, tiny_config
 
 BRANCHES = 2
 

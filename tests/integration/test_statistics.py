@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import LAYERS, full_plan, generate, pipeline, tiny_config
 
 from psa_diffusers.integration import enable_psa, operations, psa_statistics
 from psa_diffusers.planning.plan import Plan
+
+from .tiny_wan import LAYERS, full_plan, generate, pipeline, tiny_config
 
 
 def processor_of(pipe):

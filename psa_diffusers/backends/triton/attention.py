@@ -200,7 +200,7 @@ def attention_launch(
     """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length]."""
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
-    tile = attention_tile(target, head_dim, query.dtype, query_block_size)
+    tile = attention_tile(target, head_dim, query.dtype, query_block_size, pyramid.variance is not None)
     arguments = {
         "query": query,
         "packed_key": pyramid.key,

@@ -98,4 +98,4 @@ def read_lists_launch(level_mask: Tensor, lists: ReadLists, lengths: Tensor, kv_
         "KV_BLOCK": kv_block_size,
         "CHUNK": min(LIST_CHUNK, triton.next_power_of_2(kv_blocks)),
     }
-    return KernelLaunch(read_lists_kernel, (rows,), arguments)
+    return KernelLaunch(read_lists_kernel, (rows,), arguments, num_warps=1)

@@ -28,13 +28,47 @@ class PyramidTile:
     num_warps: int
 
 
-def attention_tile(target: str, head_dim: int, dtype: torch.dtype, query_block_size: int) -> AttentionTile:
-    """The tile for a target ("sm_90", "gfx942", "cpu"), never taller than a query block (padded to 16 rows)."""
-    tile = _widest_tile(target, padded_head_dim(head_dim), dtype.itemsize)
-    return replace(tile, block_m=min(tile.block_m, max(16, query_block_size)))
+def attention_tile(
+    target: str, head_dim: int, dtype: torch.dtype, query_block_size: int, with_variance: bool = False
+) -> AttentionTile:
+    """The tile for a target ("sm_90", "gfx942", "cpu"), never taller than a query block (padded to 16 rows).
+
+    The sizes are the largest that compile without spilled registers, by ``scripts/compile_report.py``.
+    """
+    width = padded_head_dim(head_dim)
+    if target == "cpu":
+        tile = AttentionTile(64, 64, 4, 1)
+    elif dtype == torch.float32:  # exact products: no matrix units on NVIDIA, and operands in registers
+        tile = AttentionTile(32, 16, 8, 1) if width <= 128 else AttentionTile(16, 16, 8, 1)
+    elif target.startswith("gfx"):
+        tile = _amd_tile(width, with_variance)
+    else:
+        tile = _nvidia_tile(target, width, with_variance)
+    return tile if query_block_size >= tile.block_m else _shorter(tile, max(16, query_block_size), target)
 
 
-def _widest_tile(target: str, width: int, itemsize: int) -> AttentionTile:
+def _shorter(tile: AttentionTile, block_m: int, target: str) -> AttentionTile:
+    """The tile for query blocks below its height: half the warps, and half the rows where registers hold the operands."""
+    block_n = tile.block_n if _has_large_shared_memory(target) else max(16, tile.block_n // 2)
+    return replace(tile, block_m=block_m, block_n=block_n, num_warps=4)
+
+
+def _has_large_shared_memory(target: str) -> bool:
+    """Hopper and data-centre Blackwell: 227 KiB, and matrix units that read operands from there."""
+    return target.startswith(("sm_90", "sm_10"))
+
+
+def _amd_tile(width: int, with_variance: bool) -> AttentionTile:
+    if width > 128:
+        return AttentionTile(64, 16, 8, 2)
+    return AttentionTile(128, 16 if with_variance and width > 64 else 32, 8, 2)
+
+
+def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
+    if width > 128:
+        return AttentionTile(128 if _has_large_shared_memory(target) else 64, 32, 8, 2)
+    if with_variance and not _has_large_shared_memory(target):
+        return AttentionTile(128, 32, 8, 2)
     return AttentionTile(128, 64, 8, 3)
 
 
