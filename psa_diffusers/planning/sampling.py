@@ -32,6 +32,9 @@ class Samples:
         valid = None if self.valid is None else self.valid[:, :samples]
         return Samples(self.rows[:, :, :samples], valid, None)
 
+    def of_heads(self, heads: slice) -> Samples:
+        return Samples(self.rows[:, heads], self.valid, self.weights)
+
 
 @lru_cache(maxsize=64)
 def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int) -> Tensor:
