@@ -60,7 +60,7 @@ def pieces(inputs: tuple[Tensor, Tensor, Tensor], plan: Plan) -> Iterator[tuple[
 
 def exact_errors(inputs: tuple[Tensor, Tensor, Tensor], plan: Plan) -> Tensor:
     """[levels from 2, 1, heads, query_blocks, kv_blocks]: mean squared first-order output error of each pair."""
-    errors = torch.empty(plan.num_levels, *plan.level_mask.shape)
+    errors = torch.empty(plan.num_levels, *plan.level_mask.shape, device=plan.level_mask.device)
     for head, row, mass, weighted in pieces(inputs, plan):
         total = mass[0].sum(-1)[:, None, None]
         dense = weighted[0].sum(1, keepdim=True) / total
@@ -76,12 +76,12 @@ def output_errors(inputs: tuple[Tensor, Tensor, Tensor], plans: dict[str, Plan])
     norm = torch.zeros(heads, dtype=torch.float64)
     for head, row, mass, weighted in pieces(inputs, next(iter(plans.values()))):
         dense = weighted[0].sum(1) / mass[0].sum(1, keepdim=True)
-        norm[head] += dense.square().sum()
+        norm[head] += float(dense.square().sum())
         for name, plan in plans.items():
             levels = plan.level_mask[0, head, row].long()
             read, blocks = torch.nonzero(levels)[:, 0], levels[levels > 0] - 1
             part = weighted[blocks, :, read].sum(0) / mass[blocks, :, read].sum(0)[:, None]
-            lost[name][head] += (part - dense).square().sum()
+            lost[name][head] += float((part - dense).square().sum())
     return {
         name: (float((total.sum() / norm.sum()).sqrt()), float((total / norm).sqrt().amax()))
         for name, total in lost.items()
@@ -124,12 +124,14 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--budgets", type=float, nargs="+", default=(0.15, 0.25))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     arguments = parser.parse_args()
     grid, rows = tuple(arguments.grid), []
     for content, settings in CONTENTS.items():
         for seed in arguments.seeds:
-            inputs = video_like_qkv(1, grid, arguments.heads, arguments.head_dim, seed=seed, **settings)
+            shape = (1, grid, arguments.heads, arguments.head_dim)
+            inputs = video_like_qkv(*shape, seed=seed, device=arguments.device, **settings)
             for budget in arguments.budgets:
                 plans = make_plans(inputs, grid, budget)
                 for name, (error, worst) in output_errors(inputs, plans).items():
@@ -148,6 +150,7 @@ def main() -> None:
                             "compute_budget": round(achieved, 5),
                             "relative_error": round(error, 5),
                             "worst_head_error": round(worst, 5),
+                            "device": arguments.device,
                             "torch": torch.__version__,
                         }
                     )
