@@ -148,11 +148,13 @@ def _room(shape: torch.Size, compute_budget: float, kv_block_size: int, limits: 
 
 def _last_bin(prices: Tensor, costs: list[Tensor], room: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [batch] each: the bin that the budget pays for in part (all above it in full), and what is left for it."""
-    batch = prices.shape[1]
-    spent = torch.zeros(batch, _BINS, dtype=torch.int64, device=prices.device)
+    batch, heads = prices.shape[1:3]
+    # One histogram a head, so that a GPU's threads meet less often at a bin; whole numbers add up to the same.
+    spent = torch.zeros(batch, heads, _BINS, dtype=torch.int64, device=prices.device)
     for price, cost in zip(prices, costs, strict=True):
-        weights = cost.expand(price.shape).reshape(batch, -1).to(torch.int64)
-        spent.scatter_add_(1, price.reshape(batch, -1).to(torch.int64), weights)
+        weights = cost.expand(price.shape).flatten(2).to(torch.int64)
+        spent.scatter_add_(2, price.flatten(2).to(torch.int64), weights)
+    spent = spent.sum(1)
     above = spent.flip(1).cumsum(1).flip(1) - spent  # what the steps of all higher bins cost
     # Bins are affordable from the top down; the lowest whose predecessors fit is the last that is touched.
     last = (above > room[:, None]).sum(1).clamp(max=_BINS - 1)

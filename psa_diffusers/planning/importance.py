@@ -27,6 +27,9 @@ class Importance:
     score: Tensor
     energy: Tensor
 
+    def of_heads(self, heads: slice) -> Importance:
+        return Importance(self.score[:, heads], self.energy[:, heads])
+
 
 def sampled_importance(query: Samples, key: Samples, *, scale: float, reduction: str) -> Importance:
     """Softmax over the sampled keys of all blocks, weighted by the tokens that a sample stands for.

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from psa_diffusers.planning.blocks import make_layout
 from psa_diffusers.planning.ordering import gilbert_order
 
-GRIDS = [(1, 1, 1), (1, 1, 9), (1, 7, 1), (5, 1, 1), (1, 7, 5), (2, 2, 2), (3, 5, 7), (8, 8, 8), (9, 24, 24), (21, 30, 52)]
+GRIDS = [
+    (1, 1, 1),
+    (1, 1, 9),
+    (1, 7, 1),
+    (5, 1, 1),
+    (1, 7, 5),
+    (2, 2, 2),
+    (3, 5, 7),
+    (8, 8, 8),
+    (9, 24, 24),
+    (21, 30, 52),
+]
 
 
 def cells_of(order, grid):
