@@ -116,7 +116,7 @@ def _halve(fine: tuple[list[Tensor], Tensor], coarse: tuple[list[Tensor], Tensor
     # The share of the first row's tokens; 1/2 but at the end of the sequence and beside padding.
     share = 0.5 if even else (fine_count[:, 0::2] / coarse_count.clamp(min=1))[..., None]
     for source, target in zip(fine_tables, coarse_tables, strict=True):
-        target.copy_(torch.lerp(source[:, 1::2], source[:, 0::2], share))
+        torch.lerp(source[:, 1::2], source[:, 0::2], share, out=target)
     if len(fine_tables) == 3:
         between = fine_tables[0][:, 0::2] - fine_tables[0][:, 1::2]
         coarse_tables[2] += share * (1 - share) * between**2

@@ -17,9 +17,6 @@ from .products import linear
 from .pyramids import HeadPyramid, Layout, build_head_pyramid
 from .workers import run_groups
 
-# Rows read are filled up to a multiple of this: kernels are made for each shape, so that few shapes keep them at hand.
-ROW_STEP = 64
-
 
 def attend_torch(
     query: Tensor,
@@ -155,13 +152,14 @@ def _list_reads(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(granules, centroids, bias) for each block of queries, from levels, int8 [query_blocks, kv_blocks]."""
     granule_count = pyramid.count.view(layout.blocks, -1, layout.granule)
-    chosen = (granules_of_level[levels.int()] & (granule_count > 0).any(2)).flatten(1)
+    chosen = granules_of_level.index_select(0, levels.flatten().int()).view(*levels.shape, -1)
+    chosen = (chosen & (granule_count > 0).any(2)).flatten(1)
     granules, granules_each = chosen.nonzero()[:, 1], chosen.sum(1)
     is_centroid = (levels == layout.levels + 1) & (pyramid.centroid_count[:-1] > 0)
     row, centroid = is_centroid.nonzero().unbind(1)
     centroids_each = is_centroid.sum(1)
     fine_rows = granules_each * layout.granule
-    slots_each = (fine_rows + centroids_each + ROW_STEP - 1) // ROW_STEP * ROW_STEP - fine_rows
+    slots_each = _filled_up(fine_rows + centroids_each) - fine_rows
     # Each block has its centroids in its first slots; the empty centroid fills the others.
     shift = (slots_each.cumsum(0) - slots_each) - (centroids_each.cumsum(0) - centroids_each)
     centroids = torch.full((int(slots_each.sum()),), layout.blocks, device=levels.device)
@@ -171,3 +169,12 @@ def _list_reads(
     fine, coarse = granule_bias.split(granules_each), centroid_bias.split(slots_each)
     biases = [torch.cat((first.flatten(), last)) for first, last in zip(fine, coarse, strict=True)]
     return list(zip(granules.split(granules_each), centroids.split(slots_each), biases, strict=True))
+
+
+def _filled_up(rows: Tensor) -> Tensor:
+    """Numbers of rows, rounded up by less than 1/32 (or to 16), so that there are few of them.
+
+    oneDNN makes a kernel for every shape, which takes longer than to run it, and keeps the last thousand.
+    """
+    step = 2 ** (rows.clamp(min=1).double().log2().floor() - 5).clamp(min=4).to(rows.dtype)
+    return (rows + step - 1) // step * step
