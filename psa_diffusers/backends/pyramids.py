@@ -1,4 +1,4 @@
-"""The table of one head's keys and values at every level, for the torch backend."""
+"""One head's keys and values at every level in one table, for the torch backend."""
 
 from __future__ import annotations
 
@@ -12,111 +12,107 @@ from ..planning.plan import Plan
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the levels of a block lie in the table.
-
-    A block has its level 1 rows, then its level 2 rows, and so on. All levels are whole numbers of granules, runs of as
-    many rows as the coarsest level has in a block, so that lists of granules say what is read, whatever the levels.
-    """
+    """Where the rows of each level lie: all of level 1, block after block, then all of level 2, ..., the centroids, and
+    one empty row."""
 
     blocks: int
     block_size: int
-    levels: int
+    num_levels: int
 
     @classmethod
     def of(cls, plan: Plan) -> Layout:
         return cls(plan.kv_blocks, plan.kv_block_size, plan.num_levels)
 
     @property
-    def granule(self) -> int:
-        return self.block_size >> (self.levels - 1)
-
-    @property
     def sizes(self) -> list[int]:
-        """Rows a block at each level."""
-        return [self.block_size >> level for level in range(self.levels)]
+        """Rows a block at level 1 .. num_levels, and as a centroid."""
+        return [self.block_size >> level for level in range(self.num_levels)] + [1]
 
     @property
-    def rows(self) -> int:
-        return sum(self.sizes)
+    def starts(self) -> list[int]:
+        """First row of each level, and of the empty row."""
+        starts = [0]
+        for size in self.sizes:
+            starts.append(starts[-1] + self.blocks * size)
+        return starts
 
-    def granules_of_level(self, device: torch.device) -> Tensor:
-        """bool [levels + 2, granules a block]: which granules a level mask entry reads; none for skip and centroid."""
-        table = torch.zeros(self.levels + 2, self.rows // self.granule, dtype=torch.bool)
-        start = 0
-        for level, size in enumerate(self.sizes, 1):
-            table[level, start : start + size // self.granule] = True
-            start += size // self.granule
-        return table.to(device)
+    @property
+    def empty_row(self) -> int:
+        return self.starts[-1]
 
 
 @dataclass(frozen=True)
 class HeadPyramid:
-    """One head's keys, values and, when asked for, variances of the keys (a channel at a time), in a table each."""
+    """One head's keys, values and, when asked for, variances of the keys (a channel at a time)."""
 
-    tables: tuple[Tensor, ...]  # [blocks * rows a block, head_dim] each
-    count: Tensor  # [blocks * rows a block] real tokens behind each row
-    centroids: tuple[Tensor, ...]  # [blocks + 1, head_dim] each; the last one is empty, to fill reads up with
-    centroid_count: Tensor  # [blocks + 1]
+    key: Tensor  # [rows, head_dim] means over real tokens; 0 without any
+    value: Tensor  # [rows, head_dim]
+    variance: Tensor | None  # [rows, head_dim]
+    log_count: Tensor  # [rows] ln(real tokens); -inf without any
+    block_has_real: Tensor | None  # bool [blocks]; None: all have
 
 
 def build_head_pyramid(
-    key: Tensor, value: Tensor, real: Tensor | None, layout: Layout, precise: torch.dtype, *, with_variance: bool
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    precise: torch.dtype,
+    *,
+    order: Tensor | None,
+    real: Tensor | None,
+    with_variance: bool,
 ) -> HeadPyramid:
-    """The pyramid of key and value [key_length, head_dim], given in block order; real: bool [key_length] or None."""
-    length, head_dim = key.shape
-    blocks, size, capacity = layout.blocks, layout.block_size, layout.blocks * layout.block_size
-    tables = [key.new_empty(blocks, layout.rows, head_dim, dtype=precise) for _ in range(3 if with_variance else 2)]
-    count = key.new_ones(blocks, layout.rows, dtype=precise)
-    for table, tokens in zip(tables, (key, value), strict=False):
-        _fill(table[:, :size], tokens, real)
+    """The pyramid of key and value [key_length, head_dim].
+
+    Args:
+        key, value: In raster order, any floating dtype and strides.
+        precise: dtype of the pyramid.
+        order: int64 [key_length], the token at each position; None = raster.
+        real: bool [key_length] in block order; None = all are real.
+        with_variance: Also measure the variances.
+    """
+    rows, length = layout.empty_row + 1, len(key)
+    tables = [_fine_table(tokens, rows, precise, order, real) for tokens in (key, value)]
     if with_variance:
-        tables[2][:, :size] = 0
-    even = length == capacity and real is None
-    if not even:
-        is_real = key.new_ones(length, dtype=torch.bool) if real is None else real
-        count[:, :size] = torch.nn.functional.pad(is_real, (0, capacity - length)).view(blocks, size)
-    start = 0
-    for half in layout.sizes[1:]:
-        fine, coarse = slice(start, start + 2 * half), slice(start + 2 * half, start + 3 * half)
-        _halve(*(([*(table[:, part] for table in tables)], count[:, part]) for part in (fine, coarse)), even=even)
-        start += 2 * half
-    last, last_count = [table[:, start:] for table in tables], count[:, start:]
-    for half in (size >> level for level in range(layout.levels, size.bit_length())):
-        coarse = [table.new_empty(blocks, half, head_dim) for table in tables]
-        coarse_count = count.new_empty(blocks, half)
-        _halve((last, last_count), (coarse, coarse_count), even=even)
-        last, last_count = coarse, coarse_count
-    pad = torch.nn.functional.pad
-    return HeadPyramid(
-        tuple(table.flatten(0, 1) for table in tables),
-        count.flatten(),
-        tuple(pad(table[:, 0], (0, 0, 0, 1)) for table in last),
-        pad(last_count[:, 0], (0, 1)),
-    )
+        tables.append(key.new_zeros(rows, key.shape[1], dtype=precise))
+    count = key.new_zeros(rows, dtype=precise)
+    count[:length] = 1 if real is None else real
+    for table in (*tables, count):
+        table[length : layout.starts[1]] = 0
+        table[layout.empty_row] = 0
+    even = real is None and length == layout.starts[1]
+    for level in range(1, layout.num_levels + 1):
+        fine, coarse = (slice(layout.starts[item], layout.starts[item + 1]) for item in (level - 1, level))
+        parts, part_count = [table[fine] for table in tables], count[fine]
+        while len(part_count) > coarse.stop - coarse.start:
+            parts, part_count = _halve(parts, part_count, even)
+        for table, part in zip((*tables, count), (*parts, part_count), strict=True):
+            table[coarse] = part
+    has_real = None if even else count[layout.starts[-2] : layout.empty_row] > 0
+    return HeadPyramid(tables[0], tables[1], tables[2] if with_variance else None, count.log(), has_real)
 
 
-def _fill(target: Tensor, tokens: Tensor, real: Tensor | None) -> None:
-    """Level 1: target [blocks, block_size, head_dim] from tokens [key_length, head_dim]; 0 for what is not real."""
-    size = target.shape[1]
-    whole = len(tokens) // size
-    if real is not None:
-        tokens = tokens.where(real[:, None], 0)
-    if whole:
-        target[:whole] = tokens[: whole * size].unflatten(0, (whole, size))
-    if whole < len(target):
-        tail = tokens[whole * size :]
-        target[whole, : len(tail)] = tail
-        target[whole, len(tail) :] = 0
+def _fine_table(tokens: Tensor, rows: int, precise: torch.dtype, order: Tensor | None, real: Tensor | None) -> Tensor:
+    """A table [rows, head_dim] whose first rows are the tokens in block order, 0 where they are not real."""
+    table = tokens.new_empty(rows, tokens.shape[1], dtype=precise)
+    fine = table[: len(tokens)]
+    if order is None:
+        fine.copy_(tokens)
+    elif tokens.dtype == precise:
+        torch.index_select(tokens, 0, order, out=fine)
+    else:
+        fine.copy_(tokens.index_select(0, order))
+    return table if real is None else table.index_fill_(0, (~real).nonzero()[:, 0], 0)
 
 
-def _halve(fine: tuple[list[Tensor], Tensor], coarse: tuple[list[Tensor], Tensor], *, even: bool) -> None:
-    """Merge rows two by two: tables [blocks, n, head_dim] and count [blocks, n] from twice as many rows."""
-    (fine_tables, fine_count), (coarse_tables, coarse_count) = fine, coarse
-    torch.add(fine_count[:, 0::2], fine_count[:, 1::2], out=coarse_count)
+def _halve(tables: list[Tensor], count: Tensor, even: bool) -> tuple[list[Tensor], Tensor]:
+    """Merge rows two by two: means, variances and counts of pairs, from tables [n, head_dim] and count [n]."""
+    pairs = [table.unflatten(0, (-1, 2)) for table in tables]
+    first, second = count.unflatten(0, (-1, 2)).unbind(1)
+    total = first + second
     # The share of the first row's tokens; 1/2 but at the end of the sequence and beside padding.
-    share = 0.5 if even else (fine_count[:, 0::2] / coarse_count.clamp(min=1))[..., None]
-    for source, target in zip(fine_tables, coarse_tables, strict=True):
-        target.copy_(torch.lerp(source[:, 1::2], source[:, 0::2], share))
-    if len(fine_tables) == 3:
-        between = fine_tables[0][:, 0::2] - fine_tables[0][:, 1::2]
-        coarse_tables[2] += share * (1 - share) * between**2
+    share = 0.5 if even else (first / total.clamp(min=1))[:, None]
+    merged = [torch.lerp(pair[:, 1], pair[:, 0], share) for pair in pairs]
+    if len(tables) == 3:
+        merged[2] += share * (1 - share) * (pairs[0][:, 0] - pairs[0][:, 1]) ** 2
+    return merged, total

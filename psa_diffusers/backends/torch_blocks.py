@@ -1,8 +1,9 @@
 """The torch backend: blocked sparse attention from stock torch operators, made for CPUs, and right on any device.
 
 A head's pyramid is packed in one table of keys and one of values. A block of queries then collects the rows that it
-reads (index_select, runs of rows at a time) into buffers that fit in the cache, and two matrix products with a softmax
-between them do the rest. On CPUs each thread works on a block of its own: the operators are too short to be split.
+reads (index_select) into tensors that fit in the cache, and two matrix products with a softmax between do the rest.
+On CPUs each thread works on a block of its own, by few operators: they are too short to be split among threads, and
+between them Python lets only one thread run.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from .products import linear
 from .pyramids import HeadPyramid, Layout, build_head_pyramid
 from .workers import run_groups
 
-# Rows read are filled up to a multiple of this: kernels are made for each shape, so that few shapes keep them at hand.
-ROW_STEP = 64
-
 
 def attend_torch(
     query: Tensor,
@@ -33,7 +31,8 @@ def attend_torch(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, fast on CPUs. No gradients.
 
-    Computes in float32 (float64 for float64 inputs) and rounds once, at the end.
+    Computes in float32 (float64 for float64 inputs) and rounds once, at the end. Beyond inputs and output it takes 2.4
+    times the memory of K and V, of one head for every thread.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
@@ -50,25 +49,24 @@ def attend_torch(
     call = _Call(query, key, value, plan, scale, logit_correction == "variance", return_lse)
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        run_groups(heads, call.prepare, call.attend_block, parallel=query.device.type == "cpu")
+        run_groups(heads, call.prepare, _attend_block, parallel=query.device.type == "cpu")
     return call.out, call.lse
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of queries of one head, and what it reads."""
+    """One block of queries of one head: what it reads, and where its output goes."""
 
-    sample: int
-    head: int
-    start: int  # position of its first query
+    queries: Tensor  # [queries, head_dim], scaled
+    rows: Tensor  # int32 [rows read] of the pyramid's table
     pyramid: HeadPyramid
-    granules: Tensor  # int64 indices of granules
-    centroids: Tensor  # int64 indices of centroids, filled up with the empty one
-    bias: Tensor  # [rows read] ln(count)
+    positions: Tensor  # int64 [queries]: the tokens of these queries
+    out: Tensor  # [query_length, head_dim], of the head
+    lse: Tensor | None  # [query_length], of the head
 
 
 class _Call:
-    """The arguments of one call, and the steps from them to its output."""
+    """The arguments of one call, and the first step from them to its output."""
 
     def __init__(
         self,
@@ -85,89 +83,81 @@ class _Call:
         self.scale, self.with_variance = scale, with_variance
         self.precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.layout = Layout.of(plan)
-        self.granules_of_level = self.layout.granules_of_level(query.device)
         self.order = None if plan.order is None else plan.order.to(query.device)
         self.real = plan.real_keys()
+        tokens = torch.arange(length, device=query.device) if self.order is None else self.order
+        self.positions = tokens.split(plan.query_block_size)
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = query.new_empty(batch, heads, length, dtype=self.precise) if return_lse else None
 
     def prepare(self, place: tuple[int, int]) -> list[_Block]:
         """Pack a head and list what its blocks of queries read, the longest first."""
         sample, head = place
-        key, value = self.key[sample, :, head], self.value[sample, :, head]
-        if self.order is not None:
-            key, value = key.index_select(0, self.order), value.index_select(0, self.order)
-        real = None if self.real is None else self.real[sample]
-        pyramid = build_head_pyramid(key, value, real, self.layout, self.precise, with_variance=self.with_variance)
-        reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout, self.granules_of_level)
+        pyramid = build_head_pyramid(
+            self.key[sample, :, head],
+            self.value[sample, :, head],
+            self.layout,
+            self.precise,
+            order=self.order,
+            real=None if self.real is None else self.real[sample],
+            with_variance=self.with_variance,
+        )
+        queries = self.query[sample, :, head]
+        queries = queries if self.order is None else queries.index_select(0, self.order)
+        queries = (queries.to(self.precise) * self.scale).split(self.plan.query_block_size)
+        reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
+        out, lse = self.out[sample, :, head], None if self.lse is None else self.lse[sample, head]
         blocks = [
-            _Block(sample, head, number * self.plan.query_block_size, pyramid, *lists)
-            for number, lists in enumerate(reads)
+            _Block(block, rows, pyramid, positions, out, lse)
+            for block, rows, positions in zip(queries, reads, self.positions, strict=True)
         ]
-        return sorted(blocks, key=lambda block: -len(block.bias))
+        return sorted(blocks, key=lambda block: -len(block.rows))
 
-    def attend_block(self, block: _Block) -> None:
-        """Compute one block of queries and write it where it belongs."""
-        stop = min(block.start + self.plan.query_block_size, self.plan.query_length)
-        queries, out = self.query[block.sample, :, block.head], self.out[block.sample, :, block.head]
-        if self.order is None:
-            tokens = None
-            queries = queries[block.start : stop]
-        else:
-            tokens = self.order[block.start : stop]
-            queries = queries.index_select(0, tokens)
-        result, lse = self._attend(queries.to(self.precise) * self.scale, block)
-        if tokens is None:
-            out[block.start : stop] = result
-        else:
-            out.index_copy_(0, tokens, result.to(out.dtype))
-        if self.lse is not None:
-            self.lse[block.sample, block.head, slice(block.start, stop) if tokens is None else tokens] = lse
 
-    def _attend(self, queries: Tensor, block: _Block) -> tuple[Tensor, Tensor | None]:
-        if len(block.bias) == 0:
-            return torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf)
-        key, value, *variance = _collect(block, self.layout.granule)
-        logits = linear(queries, key, block.bias)
-        if variance:
-            half_variance = linear(queries**2, variance[0]) * 0.5
-            logits += torch.minimum(half_variance, block.bias)
-        lse = None if self.lse is None else logits.logsumexp(-1)
+def _attend_block(block: _Block) -> None:
+    """Compute one block of queries and write it where it belongs."""
+    queries, rows, pyramid = block.queries, block.rows, block.pyramid
+    if len(rows) == 0:
+        out, lse = torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf)
+    else:
+        bias = pyramid.log_count.index_select(0, rows)
+        logits = linear(queries, pyramid.key.index_select(0, rows), bias)
+        if pyramid.variance is not None:
+            half_variance = linear(queries**2, pyramid.variance.index_select(0, rows)) * 0.5
+            logits += torch.minimum(half_variance, bias)
+        lse = None if block.lse is None else logits.logsumexp(-1)
         weights = torch.softmax(logits, -1, out=logits)
-        return linear(weights, value.t()), lse
+        out = linear(weights, pyramid.value.index_select(0, rows).t())
+    block.out.index_copy_(0, block.positions, out.to(block.out.dtype))
+    if block.lse is not None:
+        block.lse.index_copy_(0, block.positions, lse)
 
 
-def _collect(block: _Block, granule: int) -> list[Tensor]:
-    """The rows that a block reads from each table, [rows read, head_dim]: its granules, then its centroids."""
-    found = []
-    split = len(block.granules) * granule
-    for table, centroids in zip(block.pyramid.tables, block.pyramid.centroids, strict=True):
-        rows = table.new_empty(len(block.bias), table.shape[1])
-        runs = table.view(-1, granule * table.shape[1])
-        torch.index_select(runs, 0, block.granules, out=rows[:split].view(-1, runs.shape[1]))
-        torch.index_select(centroids, 0, block.centroids, out=rows[split:])
-        found.append(rows)
-    return found
+def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:
+    """The rows that each block of queries reads, from levels, int8 [query_blocks, kv_blocks]."""
+    device = levels.device
+    if pyramid.block_has_real is not None:
+        levels = levels * pyramid.block_has_real
+    sizes, starts = (torch.tensor([0, *items], device=device) for items in (layout.sizes, layout.starts[:-1]))
+    levels = levels.long()
+    lengths = sizes[levels]
+    totals = lengths.sum(1)
+    # A last, empty block fills each list up with the empty row.
+    filled = _filled_up(totals)
+    lengths = torch.cat([lengths, (filled - totals)[:, None]], 1).flatten()
+    first = starts[levels] + sizes[levels] * torch.arange(layout.blocks, device=device)
+    first = torch.nn.functional.pad(first, (0, 1), value=layout.empty_row).flatten()
+    before = lengths.cumsum(0) - lengths
+    count = int(filled.sum())
+    rows = torch.repeat_interleave((first - before).int(), lengths, output_size=count)
+    rows += torch.arange(count, device=device, dtype=torch.int32)
+    return rows.clamp_(max=layout.empty_row).split(filled.tolist())
 
 
-def _list_reads(
-    levels: Tensor, pyramid: HeadPyramid, layout: Layout, granules_of_level: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(granules, centroids, bias) for each block of queries, from levels, int8 [query_blocks, kv_blocks]."""
-    granule_count = pyramid.count.view(layout.blocks, -1, layout.granule)
-    chosen = (granules_of_level[levels.int()] & (granule_count > 0).any(2)).flatten(1)
-    granules, granules_each = chosen.nonzero()[:, 1], chosen.sum(1)
-    is_centroid = (levels == layout.levels + 1) & (pyramid.centroid_count[:-1] > 0)
-    row, centroid = is_centroid.nonzero().unbind(1)
-    centroids_each = is_centroid.sum(1)
-    fine_rows = granules_each * layout.granule
-    slots_each = (fine_rows + centroids_each + ROW_STEP - 1) // ROW_STEP * ROW_STEP - fine_rows
-    # Each block has its centroids in its first slots; the empty centroid fills the others.
-    shift = (slots_each.cumsum(0) - slots_each) - (centroids_each.cumsum(0) - centroids_each)
-    centroids = torch.full((int(slots_each.sum()),), layout.blocks, device=levels.device)
-    centroids[torch.arange(len(centroid), device=levels.device) + shift[row]] = centroid
-    granule_bias, centroid_bias = granule_count.log().flatten(0, 1)[granules], pyramid.centroid_count.log()[centroids]
-    granules_each, slots_each = granules_each.tolist(), slots_each.tolist()
-    fine, coarse = granule_bias.split(granules_each), centroid_bias.split(slots_each)
-    biases = [torch.cat((first.flatten(), last)) for first, last in zip(fine, coarse, strict=True)]
-    return list(zip(granules.split(granules_each), centroids.split(slots_each), biases, strict=True))
+def _filled_up(rows: Tensor) -> Tensor:
+    """Numbers of rows, rounded up by less than 1/32 (or to 16), so that there are few of them.
+
+    oneDNN makes a kernel for every shape, which takes longer than to run it, and keeps the last thousand.
+    """
+    step = 2 ** (rows.clamp(min=1).double().log2().floor() - 5).clamp(min=4).to(rows.dtype)
+    return (rows + step - 1) // step * step
