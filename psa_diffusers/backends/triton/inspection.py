@@ -150,11 +150,7 @@ def compile_case(case: Case) -> Resources:
     launch = launch_of(case)
     if not hasattr(launch.kernel, "cache_key"):
         raise RuntimeError("compile_case: kernels imported under TRITON_INTERPRET=1 cannot be compiled; unset it.")
-    compiled = triton.compile(
-        source_of(launch),
-        target=gpu_target(case.target),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
+    compiled = triton.compile(source_of(launch), target=gpu_target(case.target), options=launch.options)
     registers, spilled = _amd_registers(compiled) if "amdgcn" in compiled.asm else _nvidia_registers(compiled)
     return Resources(
         registers=registers,
