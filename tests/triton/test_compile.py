@@ -66,6 +66,13 @@ def check_required(case: Case) -> None:
         assert resources.shared_memory > 0
 
 
+@pytest.mark.parametrize("kernel", ["attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists"])
+def test_compiles_for_one_token_of_one_head(kernel):
+    """Triton makes a constant of every argument that is 1: sizes, block counts, strides."""
+    case = Case(kernel, "sm_90", "bf16", 64, num_levels=1, length=1, heads=1, is_plain=True)
+    assert compile_case(case).problem(case) == ""
+
+
 def test_required_set_is_complete():
     required = {(case.kernel, case.target, case.dtype, case.head_dim) for case in report_cases() if case.is_required}
     assert required == {
