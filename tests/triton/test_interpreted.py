@@ -79,6 +79,14 @@ def test_lists_stay_with_the_plan(interpreter):
     assert lists == [1, 1]
 
 
+@pytest.mark.parametrize("order", [False, True])
+def test_torch_compile_keeps_one_graph(interpreter, order):
+    case = Case(FP32, 16, 20, 20, query_block_size=16, kv_block_size=16, num_levels=2, heads=1, order=order)
+    plain, compiled = interpreter.call("tests.triton.interpreted_checks", "compiled_attention", case)
+    assert torch.equal(plain[0], compiled[0])
+    assert torch.equal(plain[1], compiled[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", conformance.cases(FP32, FP16), ids=str)
 @pytest.mark.parametrize("check", conformance.CHECKS)

@@ -7,6 +7,7 @@ import torch
 
 from psa_diffusers.backends.reference import pyramid_rows
 from psa_diffusers.backends.triton.layout import PyramidLayout
+from psa_diffusers.backends.triton.read_lists import ReadLists
 from psa_diffusers.backends.triton.tiles import attention_tile, pyramid_tile
 from tests.backends.conformance import Case, make_inputs
 
@@ -61,7 +62,8 @@ def packed_rows_of(layout, rows):
 @pytest.mark.parametrize("kv_blocks", [1, 37])
 def test_read_lists_sort_blocks_by_level(interpreter, kv_blocks):
     mask = torch.randint(0, 6, (2, 3, 5, kv_blocks), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    lists = interpreter.call("psa_diffusers.backends.triton.read_lists", "make_read_lists", mask, 4, 64)
+    made = interpreter.call("psa_diffusers.backends.triton.read_lists", "make_read_lists", mask, 4, 64)
+    lists = ReadLists(*made)
     assert lists.blocks.dtype == torch.int16
     lengths = []
     for row, levels in enumerate(mask.view(-1, kv_blocks)):

@@ -58,11 +58,14 @@ class Case:
     query_block_size: int = 128
     kv_block_size: int = 64
     num_levels: int = 4
+    length: int = 4680  # queries and keys
+    heads: int = 12
+    is_plain: bool = False  # raster order, no padding, no lse
 
     @property
     def is_required(self) -> bool:
         """Part of the set in which a problem is a failure, rather than something to know."""
-        if (self.query_block_size, self.kv_block_size, self.num_levels) != (128, 64, 4):
+        if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
         is_core = self.kernel in ("attention", "pyramid")
@@ -150,11 +153,7 @@ def compile_case(case: Case) -> Resources:
     launch = launch_of(case)
     if not hasattr(launch.kernel, "cache_key"):
         raise RuntimeError("compile_case: kernels imported under TRITON_INTERPRET=1 cannot be compiled; unset it.")
-    compiled = triton.compile(
-        source_of(launch),
-        target=gpu_target(case.target),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
+    compiled = triton.compile(source_of(launch), target=gpu_target(case.target), options=launch.options)
     registers, spilled = _amd_registers(compiled) if "amdgcn" in compiled.asm else _nvidia_registers(compiled)
     return Resources(
         registers=registers,
@@ -170,23 +169,22 @@ def compile_case(case: Case) -> Resources:
 def launch_of(case: Case) -> KernelLaunch:
     """The launch that the backend makes for a case, over tensors without memory."""
     dtype = next(dtype for dtype, name in TYPE_NAMES.items() if name == case.dtype)
-    batch, length, heads = 2, 4680, 12
-    query = torch.empty(batch, length, heads, case.head_dim, dtype=dtype, device="meta")
-    layout = PyramidLayout(triton.cdiv(length, case.kv_block_size), case.kv_block_size, case.num_levels)
+    query = torch.empty(2, case.length, case.heads, case.head_dim, dtype=dtype, device="meta")
+    layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
     pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("variance"))
-    order = torch.empty(length, dtype=torch.int64, device="meta")
+    order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
-        key_lengths = torch.empty(batch, dtype=torch.int64, device="meta")
+        key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
-    query_blocks = triton.cdiv(length, case.query_block_size)
-    level_mask = torch.empty(batch, heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
+    query_blocks = triton.cdiv(case.length, case.query_block_size)
+    level_mask = torch.empty(2, case.heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
     lists, lengths = empty_read_lists(level_mask, case.num_levels)
     if case.kernel == "read_lists":
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
     return attention_launch(
         query,
         torch.empty_like(query),
-        torch.empty(batch, heads, length, device="meta"),
+        None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta"),
         pyramid,
         lists,
         layout,

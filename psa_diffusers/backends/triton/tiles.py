@@ -65,6 +65,8 @@ def _amd_tile(width: int, with_variance: bool) -> AttentionTile:
 
 
 def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
+    if width > 128 and with_variance:
+        return AttentionTile(64, 16, 8, 2)
     if width > 128:
         return AttentionTile(128 if _has_large_shared_memory(target) else 64, 32, 8, 2)
     if with_variance and not _has_large_shared_memory(target):
@@ -73,9 +75,9 @@ def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
 
 
 def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False) -> PyramidTile:
-    """At most 8192 numbers a program (64 registers a thread), so that no target spills; channels are independent."""
+    """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
     numbers = 4096 if with_variance else 8192
-    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=4)
+    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
 
 
 def padded_head_dim(head_dim: int) -> int:
