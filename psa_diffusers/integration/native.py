@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from torch import nn
 
 from .compiled import leave_graph
 from .schedule import CallContext
 from .tokens import ModelRow, find_row
+
+logger = logging.get_logger(__name__)
 
 PATCH = "_psa_patch"  # on a root transformer
 SLOT = "_psa_slot"  # on an attention module
@@ -48,9 +51,11 @@ class AttentionSlot:
     position: torch.Tensor  # in ModelPatch.attention
     sparse: bool = False
     dense_reason: str = OUTSIDE
+    in_use: bool = False  # a sparse processor was on the module
 
     def decide(self, dense_reason: str | None) -> None:
         """Run sparse, or dense for this reason."""
+        self.in_use = True
         self.sparse, self.dense_reason = dense_reason is None, dense_reason or ""
 
 
@@ -148,6 +153,7 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     arguments = patch.signature.bind_partial(model, *args, **kwargs).arguments
     for processor in patch.processors():
         processor.begin_forward(model, patch, arguments)
+    _report_replaced(patch)
 
 
 def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
@@ -158,14 +164,25 @@ def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
         processor.end_forward(patch)
 
 
+def _report_replaced(patch: ModelPatch) -> None:
+    """Fused projections and the like set processors of their own: say that PSA is gone from there."""
+    pairs = patch.attention
+    replaced = [slot for module, slot in pairs if slot.in_use and not isinstance(module.processor, SparseProcessor)]
+    if replaced:
+        logger.warning(
+            f"PSA no longer runs in {len(replaced)} attention modules ({replaced[0].name}, ...), whose processors were "
+            "replaced. Call enable_psa(pipe) again to use it there, or disable_psa(pipe)."
+        )
+    for slot in replaced:
+        slot.in_use = False
+
+
 @contextmanager
 def cache_context(model: nn.Module, name: str, **details: Any) -> Iterator[None]:
     """``model.cache_context``, remembering what the pipeline said."""
     patch = getattr(model, PATCH)
-    outer, patch.context = (
-        patch.context,
-        CallContext(name, details.get("step_index"), details.get("num_inference_steps")),
-    )
+    outer = patch.context
+    patch.context = CallContext(name, details.get("step_index"), details.get("num_inference_steps"))
     try:
         with type(model).cache_context(model, name, **details):
             yield

@@ -168,9 +168,8 @@ class PSAProcessor(SparseProcessor):
             self._warn_of_unknown_step()
         elif reason is None and layout is None:
             reason = "token grid unknown"
-        self._call = ForwardCall(
-            step, layout, self._branch(model, patch, step, new_run), tuple(slot for _, slot in patch.attention)
-        )
+        branch = self._branch(model, patch, step, new_run)
+        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention))
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
         self._count_compiled(model, slots)
@@ -231,9 +230,9 @@ class PSAProcessor(SparseProcessor):
         if reason is not None:
             self.statistics.count_dense(reason)
             return dense(query, key, value, **options)
-        return self.attend(query, key, value, self._slot, scale)
+        return self._attend(query, key, value, self._slot, scale)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Tensor:
         """Plan and compute one call of this attention module, and count it."""
         statistics, config = self.statistics, self.config
         with statistics.timed("planning", query.device):
@@ -246,8 +245,8 @@ class PSAProcessor(SparseProcessor):
         return output
 
     def attend_at(self, query: Tensor, key: Tensor, value: Tensor, position: int, scale: float | None) -> Tensor:
-        """:meth:`attend` for the attention module at this position of the transformer that is running."""
-        return self.attend(query, key, value, self._call.slots[position], scale)
+        """One sparse call, for the attention module at this position of the transformer that is running."""
+        return self._attend(query, key, value, self._call.slots[position], scale)
 
     def _dense_reason_of(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
         """Why this call cannot be sparse, by what the native processor asks for; None where it can."""
