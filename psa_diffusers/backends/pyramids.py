@@ -51,11 +51,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class HeadPyramid:
-    """Keys and values (and, when asked for, the variances of the keys) side by side in rows; head_dim wide each."""
+    """One head's keys, values and, when asked for, variances of the keys (a channel at a time), in a table each."""
 
-    rows: Tensor  # [blocks * rows a block, 2 or 3 * head_dim]
+    tables: tuple[Tensor, ...]  # [blocks * rows a block, head_dim] each
     count: Tensor  # [blocks * rows a block] real tokens behind each row
-    centroids: Tensor  # [blocks + 1, 2 or 3 * head_dim]; the last one is empty, to fill reads up with
+    centroids: tuple[Tensor, ...]  # [blocks + 1, head_dim] each; the last one is empty, to fill reads up with
     centroid_count: Tensor  # [blocks + 1]
 
 
@@ -65,56 +65,58 @@ def build_head_pyramid(
     """The pyramid of key and value [key_length, head_dim], given in block order; real: bool [key_length] or None."""
     length, head_dim = key.shape
     blocks, size, capacity = layout.blocks, layout.block_size, layout.blocks * layout.block_size
-    width = (3 if with_variance else 2) * head_dim
-    rows = key.new_empty(blocks, layout.rows, width, dtype=precise)
+    tables = [key.new_empty(blocks, layout.rows, head_dim, dtype=precise) for _ in range(3 if with_variance else 2)]
     count = key.new_ones(blocks, layout.rows, dtype=precise)
-    for column, tokens in enumerate((key, value)):
-        _fill(rows[:, :size, column * head_dim : (column + 1) * head_dim], tokens, real)
-    rows[:, :size, 2 * head_dim :] = 0
+    for table, tokens in zip(tables, (key, value), strict=False):
+        _fill(table[:, :size], tokens, real)
+    if with_variance:
+        tables[2][:, :size] = 0
     even = length == capacity and real is None
     if not even:
         is_real = key.new_ones(length, dtype=torch.bool) if real is None else real
         count[:, :size] = torch.nn.functional.pad(is_real, (0, capacity - length)).view(blocks, size)
     start = 0
     for half in layout.sizes[1:]:
-        fine = slice(start, start + 2 * half)
+        fine, coarse = slice(start, start + 2 * half), slice(start + 2 * half, start + 3 * half)
+        _halve(*(([*(table[:, part] for table in tables)], count[:, part]) for part in (fine, coarse)), even=even)
         start += 2 * half
-        coarse = slice(start, start + half)
-        _halve(rows[:, fine], count[:, fine], rows[:, coarse], count[:, coarse], head_dim, even)
-    centroids, centroid_count = rows[:, start:], count[:, start:]
-    while centroids.shape[1] > 1:
-        half = centroids.shape[1] // 2
-        coarse, coarse_count = centroids.new_empty(blocks, half, width), count.new_empty(blocks, half)
-        _halve(centroids, centroid_count, coarse, coarse_count, head_dim, even)
-        centroids, centroid_count = coarse, coarse_count
-    filler = centroids.new_zeros(1, width)
+    last, last_count = [table[:, start:] for table in tables], count[:, start:]
+    for half in (size >> level for level in range(layout.levels, size.bit_length())):
+        coarse = [table.new_empty(blocks, half, head_dim) for table in tables]
+        coarse_count = count.new_empty(blocks, half)
+        _halve((last, last_count), (coarse, coarse_count), even=even)
+        last, last_count = coarse, coarse_count
+    pad = torch.nn.functional.pad
     return HeadPyramid(
-        rows.flatten(0, 1),
+        tuple(table.flatten(0, 1) for table in tables),
         count.flatten(),
-        torch.cat([centroids[:, 0], filler]),
-        torch.cat([centroid_count[:, 0], filler[0, :1]]),
+        tuple(pad(table[:, 0], (0, 0, 0, 1)) for table in last),
+        pad(last_count[:, 0], (0, 1)),
     )
 
 
 def _fill(target: Tensor, tokens: Tensor, real: Tensor | None) -> None:
-    """Level 1: target [blocks, block_size, head_dim] from tokens [key_length, head_dim], 0 where there is no real one."""
-    whole, size, head_dim = len(tokens) // target.shape[1], *target.shape[1:]
+    """Level 1: target [blocks, block_size, head_dim] from tokens [key_length, head_dim]; 0 for what is not real."""
+    size = target.shape[1]
+    whole = len(tokens) // size
     if real is not None:
         tokens = tokens.where(real[:, None], 0)
-    target[:whole] = tokens[: whole * size].unflatten(0, (whole, size)) if whole else target[:0]
+    if whole:
+        target[:whole] = tokens[: whole * size].unflatten(0, (whole, size))
     if whole < len(target):
         tail = tokens[whole * size :]
         target[whole, : len(tail)] = tail
         target[whole, len(tail) :] = 0
 
 
-def _halve(fine: Tensor, fine_count: Tensor, coarse: Tensor, count: Tensor, head_dim: int, even: bool) -> None:
-    """Merge rows two by two: coarse [blocks, n, width] and count [blocks, n] from fine [blocks, 2n, width]."""
-    first, second = fine[:, 0::2], fine[:, 1::2]
-    torch.add(fine_count[:, 0::2], fine_count[:, 1::2], out=count)
+def _halve(fine: tuple[list[Tensor], Tensor], coarse: tuple[list[Tensor], Tensor], *, even: bool) -> None:
+    """Merge rows two by two: tables [blocks, n, head_dim] and count [blocks, n] from twice as many rows."""
+    (fine_tables, fine_count), (coarse_tables, coarse_count) = fine, coarse
+    torch.add(fine_count[:, 0::2], fine_count[:, 1::2], out=coarse_count)
     # The share of the first row's tokens; 1/2 but at the end of the sequence and beside padding.
-    share = 0.5 if even else (fine_count[:, 0::2] / count.clamp(min=1))[..., None]
-    coarse.copy_(torch.lerp(second, first, share))
-    if fine.shape[2] > 2 * head_dim:
-        between = first[..., :head_dim] - second[..., :head_dim]
-        coarse[..., 2 * head_dim :] += share * (1 - share) * between**2
+    share = 0.5 if even else (fine_count[:, 0::2] / coarse_count.clamp(min=1))[..., None]
+    for source, target in zip(fine_tables, coarse_tables, strict=True):
+        target.copy_(torch.lerp(source[:, 1::2], source[:, 0::2], share))
+    if len(fine_tables) == 3:
+        between = fine_tables[0][:, 0::2] - fine_tables[0][:, 1::2]
+        coarse_tables[2] += share * (1 - share) * between**2

@@ -1,9 +1,8 @@
 """The torch backend: blocked sparse attention from stock torch operators, made for CPUs, and right on any device.
 
-For one head at a time the pyramid is packed in a table with keys and values side by side. A block of queries then collects
-the rows that it reads with two index_selects, one of granules and one of centroids, into a buffer that fits in the cache,
-and two matrix products with a softmax between them do the rest. On CPUs each thread works on a block of its own: the
-operators are too short to be worth splitting.
+A head's pyramid is packed in one table of keys and one of values. A block of queries then collects the rows that it
+reads (index_select, runs of rows at a time) into buffers that fit in the cache, and two matrix products with a softmax
+between them do the rest. On CPUs each thread works on a block of its own: the operators are too short to be split.
 """
 
 from __future__ import annotations
@@ -126,28 +125,29 @@ class _Call:
             self.lse[block.sample, block.head, slice(block.start, stop) if tokens is None else tokens] = lse
 
     def _attend(self, queries: Tensor, block: _Block) -> tuple[Tensor, Tensor | None]:
-        head_dim = queries.shape[1]
         if len(block.bias) == 0:
             return torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf)
-        rows = _collect(block, self.layout.granule)
-        logits = linear(queries, rows[:, :head_dim], block.bias)
-        if self.with_variance:
-            half_variance = linear(queries**2, rows[:, 2 * head_dim :]) * 0.5
+        key, value, *variance = _collect(block, self.layout.granule)
+        logits = linear(queries, key, block.bias)
+        if variance:
+            half_variance = linear(queries**2, variance[0]) * 0.5
             logits += torch.minimum(half_variance, block.bias)
         lse = None if self.lse is None else logits.logsumexp(-1)
         weights = torch.softmax(logits, -1, out=logits)
-        return linear(weights, rows[:, head_dim : 2 * head_dim].t()), lse
+        return linear(weights, value.t()), lse
 
 
-def _collect(block: _Block, granule: int) -> Tensor:
-    """The rows that a block reads, [rows read, 2 or 3 * head_dim]: its granules, then its centroids."""
-    pyramid = block.pyramid
-    rows = pyramid.rows.new_empty(len(block.bias), pyramid.rows.shape[1])
+def _collect(block: _Block, granule: int) -> list[Tensor]:
+    """The rows that a block reads from each table, [rows read, head_dim]: its granules, then its centroids."""
+    found = []
     split = len(block.granules) * granule
-    table = pyramid.rows.unflatten(0, (-1, granule))
-    torch.index_select(table, 0, block.granules, out=rows[:split].view(-1, *table.shape[1:]))
-    torch.index_select(pyramid.centroids, 0, block.centroids, out=rows[split:])
-    return rows
+    for table, centroids in zip(block.pyramid.tables, block.pyramid.centroids, strict=True):
+        rows = table.new_empty(len(block.bias), table.shape[1])
+        runs = table.view(-1, granule * table.shape[1])
+        torch.index_select(runs, 0, block.granules, out=rows[:split].view(-1, runs.shape[1]))
+        torch.index_select(centroids, 0, block.centroids, out=rows[split:])
+        found.append(rows)
+    return found
 
 
 def _list_reads(

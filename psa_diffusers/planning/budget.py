@@ -1,11 +1,11 @@
 """The ``budget`` rule: the levels of least estimated error that a compute budget pays for.
 
 Every block pair stands on a ladder: rung 0 is the centroid, rung 1 the coarsest level, rung ``num_levels`` level 1.
-At a price ``lambda`` a pair takes the rung with the least error + lambda * cost, which is a vertex of the lower convex hull
-of its (cost, error) points; so each step of the ladder has one lambda below which it is taken. The steps are counted in
-a histogram over lambda, its cumulative cost gives the lambda at which the budget is spent, and the bin in which that
-happens is filled in index order. Nothing is sorted and nothing is read back, so that a GPU is never waited for; costs
-are whole numbers of 1 / kv_block_size, so that the result is the same every time.
+At a price ``lambda`` a pair takes the rung with the least error + lambda * cost, which is a vertex of the lower convex
+hull of its (cost, error) points; so each step of the ladder has one lambda below which it is taken. The steps are
+counted in a histogram over lambda, its cumulative cost gives the lambda at which the budget is spent, and the bin in
+which that happens is filled in index order. Nothing is sorted and nothing is read back, so that a GPU is never waited
+for; costs are whole numbers of 1 / kv_block_size, so that the result is the same every time.
 """
 
 from __future__ import annotations

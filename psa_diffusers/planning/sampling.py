@@ -38,7 +38,8 @@ def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int
     """int64 [blocks, block_size]: each row the positions of a block in the order in which they are drawn.
 
     The first ``samples`` lie one in each of as many equal runs of the block, so that they cover it, the next ones
-    likewise; which one of a run is random. A block's row depends on the seed, the kind and its index, not on how many blocks there are.
+    likewise; which one of a run is random. A block's row depends on the seed, the kind and its index, not on how many
+    blocks there are.
     """
     rows = []
     for block in range(blocks):

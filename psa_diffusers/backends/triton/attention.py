@@ -15,7 +15,7 @@ from .tiles import attention_tile, padded_head_dim
 
 @triton.jit
 def _level_bounds(counts, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Where each level after the first starts: among the flat rows to read, and in the block list; and the row count."""
+    """Where each level after the first starts, among the rows to read and in the block list; and how many rows."""
     row_starts = ()
     list_starts = ()
     flat_row = 0

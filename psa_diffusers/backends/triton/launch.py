@@ -16,6 +16,7 @@ from .tiles import target_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+MAX_KV_BLOCK_SIZE = 1024  # one program of the pyramid kernel holds a block
 
 
 def attend_triton(
@@ -85,6 +86,8 @@ def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
         return "Triton's interpreter does not compute in bfloat16"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, but is {query.shape[-1]}"
+    if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
+        return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
     return None
 
 

@@ -203,7 +203,7 @@ def pyramid_launch(
 ) -> KernelLaunch:
     """The launch that fills ``pyramid``."""
     batch, key_length, heads, head_dim = key.shape
-    tile = pyramid_tile(layout.kv_block_size, head_dim)
+    tile = pyramid_tile(layout.kv_block_size, head_dim, pyramid.variance is not None)
     arguments = {
         "key": key,
         "value": value,
