@@ -68,6 +68,11 @@ class ModelPatch:
     signature: inspect.Signature
     handles: list[Any] = field(default_factory=list)
     context: CallContext | None = None
+    parents: dict[str, nn.Module] = field(default_factory=dict)  # all modules around attention, by name and a dot
+
+    def compiled(self) -> tuple[str, ...]:
+        """Name prefixes of the blocks that were compiled (``compile_repeated_blocks``)."""
+        return tuple(name for name, part in self.parents.items() if getattr(part, "_compiled_call_impl", None))
 
     def slots_of(self, processor: SparseProcessor) -> list[AttentionSlot]:
         """Slots of the attention modules that this processor is now on."""
@@ -95,6 +100,8 @@ def attach(model: nn.Module) -> ModelPatch:
             model.__dict__["cache_context"] = cache_context.__get__(model)
     found = [(name, part) for name, part in model.named_modules() if callable(getattr(part, "processor", None))]
     patch.attention = [(part, _slot_of(model, patch.row, name, part, i)) for i, (name, part) in enumerate(found)]
+    around = {name[:dot] for name, _ in found for dot in range(len(name)) if name[dot] == "."}
+    patch.parents = {f"{name}.": model.get_submodule(name) for name in sorted(around)}
     return patch
 
 

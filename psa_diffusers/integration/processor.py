@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations
-from .compiled import compiled_blocks, register_processor
+from .compiled import register_processor
 from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
 from .statistics import PSAStatistics
@@ -172,7 +172,7 @@ class PSAProcessor(SparseProcessor):
         self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention))
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
-        self._count_compiled(model, slots)
+        self._count_compiled(patch, slots)
 
     def end_forward(self, patch: ModelPatch) -> None:
         """The transformer call is over, by its end or by an error (called by its hook)."""
@@ -184,9 +184,9 @@ class PSAProcessor(SparseProcessor):
             return "dense layer"
         return None if type(slot.native) in self._routes else "unknown attention processor"
 
-    def _count_compiled(self, model: nn.Module, slots: list[AttentionSlot]) -> None:
+    def _count_compiled(self, patch: ModelPatch, slots: list[AttentionSlot]) -> None:
         """Dense calls inside compiled blocks, which cannot count: every one of their layers will be called."""
-        blocks = compiled_blocks(model)
+        blocks = patch.compiled()
         for slot in slots if blocks else ():
             if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
                 self.statistics.count_dense(slot.dense_reason)

@@ -234,7 +234,7 @@ def test_one_expert_alone(recorder):
     generate(pipe, steps=8)
     assert recorder.calls.count("sparse") == psa_statistics(pipe).sparse_calls > 0
     (first, total, kind), *_ = psa_statistics(pipe).steps
-    assert first > 2 and total == 8 and kind == "sparse"
+    assert first >= 2 and total == 8 and kind == "sparse"
 
 
 def test_a_subclass_of_a_known_transformer_is_known(recorder):
