@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _BREAKS_SAY_WHY = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -58,8 +58,3 @@ def leave_graph() -> None:
             msg="PSA reads the denoising step before each call of the transformer, which cannot be part of a full "
             "graph. Use pipe.transformer.compile_repeated_blocks(fullgraph=True), or torch.compile without fullgraph."
         )
-
-
-def compiled_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Name prefixes of the parts of a transformer that were compiled (``compile_repeated_blocks``)."""
-    return tuple(f"{name}." for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None))

@@ -5,7 +5,7 @@ import torch
 
 from psa_diffusers.integration import enable_psa, psa_statistics
 
-from .tiny_wan import generate, pipeline, tiny_config
+from .tiny_wan import generate, pipeline, tiny_config, transformer
 
 pytestmark = pytest.mark.gpu
 
@@ -15,10 +15,8 @@ pytestmark = pytest.mark.gpu
 def test_sparse_calls_do_not_synchronise(backend, dtype):
     pipe = pipeline(scheduler="euler").to("cuda")
     # A head dimension and block sizes that the kernels take.
-    config = tiny_config(query_block_size=128, kv_block_size=64, num_levels=4, compute_budget=0.5, backend=backend)
-    from .tiny_wan import transformer
-
     pipe.transformer = transformer(attention_head_dim=64).to("cuda", dtype)
+    config = tiny_config(query_block_size=128, kv_block_size=64, num_levels=4, compute_budget=0.5, backend=backend)
     enable_psa(pipe, config)
     size = {"height": 128, "width": 192, "num_frames": 33}
     generate(pipe, **size)  # compiles the kernels, fills caches

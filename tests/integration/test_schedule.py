@@ -220,10 +220,18 @@ def test_clock_does_not_believe_a_length_that_the_position_contradicts():
     timesteps = torch.arange(1000, 0, -100)
     clock, pipe = StepClock(), Pipe(timesteps, 6)
     steps = []
-    for timestep in timesteps[1:4]:
+    for timestep in timesteps[1:]:
         pipe._current_timestep = timestep
         steps.append(clock.locate(pipe, None)[0])
-    assert steps == [Step(0, 9), Step(1, 9), Step(2, 9)]
+    assert steps == [Step(index, 9) for index in range(9)]
+
+
+def test_clock_starting_late_still_counts_the_whole_run():
+    """The second expert alone is sparse: its processor sees no step before the middle of the run."""
+    timesteps = torch.arange(1000, 0, -100)
+    clock, pipe = StepClock(), Pipe(timesteps, 10)
+    pipe._current_timestep = timesteps[6]
+    assert clock.locate(pipe, None) == (Step(6, 10), True)
 
 
 @pytest.mark.parametrize("value", [600, 600.0, torch.tensor(600.0), torch.tensor([600]).bfloat16(), torch.tensor(601)])
