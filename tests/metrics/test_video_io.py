@@ -59,14 +59,16 @@ def test_a_failure_half_way_keeps_the_old_file_and_leaves_no_other(tmp_path, mon
     write_video(path, gradient(2, 16, 16), fps=8)
     before = path.read_bytes()
     writer = type(imageio.get_writer(tmp_path / "probe.mp4", format="FFMPEG", fps=8))
-    written = []
+    append, written = writer.append_data, []
 
-    def stop_at_the_second(self, frame):
+    def stop_at_the_third(self, frame):
         written.append(frame)
-        if len(written) == 2:
+        if len(written) == 3:
+            (tmp_path / ".a.partial.mp4").touch()  # ffmpeg has it in memory yet; a longer video would be on disk
             raise KeyboardInterrupt
+        append(self, frame)
 
-    monkeypatch.setattr(writer, "append_data", stop_at_the_second)
+    monkeypatch.setattr(writer, "append_data", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         write_video(path, gradient(5, 16, 16), fps=8)
     assert path.read_bytes() == before
