@@ -61,13 +61,21 @@ class Plan:
 
     def mean_cost(self) -> Tensor:
         """float64 scalar on the plan's device (no synchronisation): the mean cost over block pairs with real keys."""
-        pair_costs = self.level_costs()[self.level_mask.long()]
+        counted, pairs = None, self.level_mask.numel()
         real = self.real_keys()
-        if real is None:
-            return pair_costs.mean()
-        padded = torch.nn.functional.pad(real, (0, self.kv_blocks * self.kv_block_size - self.key_length))
-        counted = padded.view(real.shape[0], 1, 1, self.kv_blocks, self.kv_block_size).any(-1).expand_as(pair_costs)
-        return (pair_costs * counted).sum() / counted.sum().clamp(min=1)
+        if real is not None:
+            padded = torch.nn.functional.pad(real, (0, self.kv_blocks * self.kv_block_size - self.key_length))
+            blocks = padded.view(real.shape[0], 1, 1, self.kv_blocks, self.kv_block_size).any(-1)
+            counted = blocks.expand_as(self.level_mask)
+            pairs = counted.sum().clamp(min=1)
+        # Counted level by level: nothing is copied to the device, and nothing larger than the mask is made.
+        total = self.level_mask.new_zeros((), dtype=torch.float64)
+        for level in range(1, self.num_levels + 2):
+            chosen = self.level_mask == level
+            chosen = chosen if counted is None else chosen & counted
+            cost = 2.0 ** -(level - 1) if level <= self.num_levels else 1 / self.kv_block_size
+            total = total + chosen.sum().double() * cost
+        return total / pairs
 
     @property
     def compute_budget(self) -> float:

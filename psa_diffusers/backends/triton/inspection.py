@@ -1,0 +1,282 @@
+"""Compiles the kernels for GPUs that are not there; reads off registers, spills, shared memory and matrix units."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .attention import attention_launch
+from .kernel_launch import KernelLaunch
+from .layout import PyramidLayout
+from .pyramid import empty_pyramid, pyramid_launch
+from .read_lists import empty_read_lists, read_lists_launch
+
+# Shared memory (LDS on AMD) that one block can be launched with, in bytes: CUDA programming guide, table of technical
+# specifications per compute capability (opt-in maximum); CDNA3 ISA guide.
+SHARED_MEMORY_LIMITS = {
+    "sm_80": 166912,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+TARGETS = tuple(SHARED_MEMORY_LIMITS)
+REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
+REQUIRED_HEAD_DIMS = (64, 96, 128)
+MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as the backend launches it, for one target, dtype and head dim."""
+
+    kernel: str  # "attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists"
+    target: str
+    dtype: str  # "fp16", "bf16", "fp32"
+    head_dim: int
+    query_block_size: int = 128
+    kv_block_size: int = 64
+    num_levels: int = 4
+    length: int = 4680  # queries and keys
+    heads: int = 12
+    is_plain: bool = False  # raster order, no padding, no lse
+
+    @property
+    def is_required(self) -> bool:
+        """Part of the set in which a problem is a failure, rather than something to know."""
+        if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
+            return False
+        dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
+        is_core = self.kernel in ("attention", "pyramid")
+        return self.kernel == "read_lists" or (is_core and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a case."""
+
+    registers: int  # a thread
+    spilled: int  # bytes a thread (NVIDIA), registers (AMD)
+    shared_memory: int  # bytes
+    matrix_unit: str  # "wgmma", "tcgen05", "mma.sync", "mfma"; "none"
+    num_warps: int
+    num_stages: int
+    tile: str  # "128x64": queries x rows, or rows x channels
+
+    def problem(self, case: Case) -> str:
+        """Why this cannot run well, or at all, on the case's target; empty if it can."""
+        limit = SHARED_MEMORY_LIMITS[case.target]
+        if self.shared_memory > limit:
+            return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
+        if self.spilled:
+            return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
+        is_half = case.kernel.startswith("attention") and case.dtype != "fp32"
+        if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
+            return f"uses {self.matrix_unit}, not wgmma"
+        return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of ``scripts/compile_report.py``: a case, its resources, and what is wrong with them."""
+
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    blocks: str
+    required: bool
+    tile: str = ""
+    num_warps: int = 0
+    num_stages: int = 0
+    registers: int = 0
+    spilled: int = 0
+    shared_memory: int = 0
+    matrix_unit: str = ""
+    problem: str = ""
+
+
+def report_cases() -> list[Case]:
+    """Every kernel for every target: the required cases, and the ends of what else is supported."""
+    cases = []
+    for target in TARGETS:
+        cases.append(Case("read_lists", target, "bf16", 64))
+        for kernel in ("attention", "pyramid"):
+            cases += [Case(kernel, target, "fp16", head_dim) for head_dim in (64, 96, 128)]
+            cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
+            cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
+            cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
+        for head_dim in (64, 128):
+            cases += [Case("attention", target, "bf16", head_dim, query_block_size=size) for size in (16, 32, 64, 256)]
+            cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 1024)]
+    return cases
+
+
+def report_case(case: Case) -> Report:
+    """Compiles a case and describes the outcome; a compiler's error becomes the problem."""
+    blocks = f"{case.query_block_size}x{case.kv_block_size}x{case.num_levels}"
+    known = (case.kernel, case.target, case.dtype, case.head_dim, blocks, case.is_required)
+    try:
+        resources = compile_case(case)
+    except Exception as error:
+        return Report(*known, problem=f"does not compile: {type(error).__name__}: {error}".splitlines()[0])
+    return Report(*known, **dataclasses.asdict(resources), problem=resources.problem(case))
+
+
+def compile_case(case: Case) -> Resources:
+    """Compiles one case (seconds to a minute; Triton's cache makes a second time fast). Needs no GPU.
+
+    Raises:
+        RuntimeError: the kernels were imported under ``TRITON_INTERPRET=1``, which does not compile.
+    """
+    launch = launch_of(case)
+    if not hasattr(launch.kernel, "cache_key"):
+        raise RuntimeError("compile_case: kernels imported under TRITON_INTERPRET=1 cannot be compiled; unset it.")
+    compiled = triton.compile(source_of(launch), target=gpu_target(case.target), options=launch.options)
+    registers, spilled = _amd_registers(compiled) if "amdgcn" in compiled.asm else _nvidia_registers(compiled)
+    return Resources(
+        registers=registers,
+        spilled=spilled,
+        shared_memory=compiled.metadata.shared,
+        matrix_unit=_matrix_unit(compiled.asm.get("ptx") or compiled.asm["amdgcn"]),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        tile=_tile_of(launch),
+    )
+
+
+def launch_of(case: Case) -> KernelLaunch:
+    """The launch that the backend makes for a case, over tensors without memory."""
+    dtype = next(dtype for dtype, name in TYPE_NAMES.items() if name == case.dtype)
+    query = torch.empty(2, case.length, case.heads, case.head_dim, dtype=dtype, device="meta")
+    layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
+    pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("variance"))
+    order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
+    if case.kernel.startswith("pyramid"):
+        key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
+        return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
+    query_blocks = triton.cdiv(case.length, case.query_block_size)
+    level_mask = torch.empty(2, case.heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
+    lists, lengths = empty_read_lists(level_mask, case.num_levels)
+    if case.kernel == "read_lists":
+        return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
+    return attention_launch(
+        query,
+        torch.empty_like(query),
+        None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta"),
+        pyramid,
+        lists,
+        layout,
+        query_block_size=case.query_block_size,
+        order=order,
+        scale=case.head_dim**-0.5,
+        target=case.target,
+    )
+
+
+def _tile_of(launch: KernelLaunch) -> str:
+    sizes = [
+        launch.arguments[name]
+        for name in ("BLOCK_M", "BLOCK_N", "KV_BLOCK", "BLOCK_D", "CHUNK")
+        if name in launch.arguments
+    ]
+    return "x".join(str(size) for size in sizes[:2])
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Triton's target for "sm_90", "gfx942", ..."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64)
+
+
+# -- a launch as source: the types and hints that Triton's own launcher would find -------------------------------------
+
+
+def source_of(launch: KernelLaunch) -> ASTSource:
+    """The launch's kernel with argument types, constants and alignments, ready for ``triton.compile``."""
+    signature, constants, alignments = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        signature[parameter.name] = _argument_type(value)
+        for path, leaf in _leaves((index,), value):
+            if _is_constant(leaf):
+                constants[path] = leaf
+            elif isinstance(leaf, Tensor) or (isinstance(leaf, int) and leaf % 16 == 0):
+                alignments[path] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, alignments)
+
+
+def _leaves(path: tuple[int, ...], value: object) -> Iterator[tuple[tuple[int, ...], object]]:
+    if not isinstance(value, tuple):
+        yield path, value
+        return
+    for index, item in enumerate(value):
+        yield from _leaves((*path, index), item)
+
+
+def _is_constant(value: object) -> bool:
+    return value is None or (isinstance(value, int) and value == 1)
+
+
+def _argument_type(value: object) -> str | tuple:
+    if isinstance(value, tuple):
+        return tuple(_argument_type(item) for item in value)
+    if _is_constant(value):
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return "*" + TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+# -- reading a compiled kernel ----------------------------------------------------------------------------------------
+
+
+def _matrix_unit(assembly: str) -> str:
+    return next((name for instruction, name in MATRIX_INSTRUCTIONS.items() if instruction in assembly), "none")
+
+
+def _nvidia_registers(compiled) -> tuple[int, int]:
+    """(registers, bytes of stack) a thread. The kernels have no local arrays: any stack is spilled registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def _amd_registers(compiled) -> tuple[int, int]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
+
+    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")

@@ -1,0 +1,107 @@
+"""From a level mask to what the attention kernel follows: sorted block lists, their counts, and the launch order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...planning.plan import Plan
+from .kernel_launch import KernelLaunch
+from .tiles import LIST_CHUNK
+
+
+class ReadLists(NamedTuple):
+    """What every row of query blocks reads. A row is one (batch, head, query block), counted in that order."""
+
+    blocks: Tensor  # int16 or int32 [rows, kv_blocks]: kv blocks, by level and then by index; the rest is undefined
+    counts: Tensor  # int32 [rows, num_levels + 1]: blocks read at level 1, ..., num_levels, as centroids
+    launch_order: Tensor  # int32 [rows]: head by head, in each the rows with the most to read first
+
+
+@triton.jit
+def read_lists_kernel(
+    level_mask,
+    blocks,
+    counts,
+    lengths,
+    kv_blocks,
+    LEVELS: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program: one row of the level mask, compacted level by level. Skip (0) and unknown levels are in no list."""
+    row = tl.program_id(0).to(tl.int64)
+    written = 0
+    length = 0
+    for level in tl.static_range(1, LEVELS + 2):
+        before = written
+        for start in range(0, kv_blocks, CHUNK):
+            block = start + tl.arange(0, CHUNK)
+            chosen = tl.load(level_mask + row * kv_blocks + block, mask=block < kv_blocks, other=0) == level
+            slot = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+            tl.store(blocks + row * kv_blocks + slot, block.to(blocks.dtype.element_ty), mask=chosen)
+            written += tl.sum(chosen.to(tl.int32), axis=0)
+        tl.store(counts + row * (LEVELS + 1) + level - 1, written - before)
+        length += (written - before) * (KV_BLOCK >> (level - 1) if level <= LEVELS else 1)
+    tl.store(lengths + row, length)
+
+
+def read_lists(plan: Plan, device: torch.device) -> ReadLists:
+    """The plan's lists on a device, made there without synchronisation and kept in the plan's cache.
+
+    Rows of one head are neighbours in the launch order, so that its keys and values stay in the L2 cache; the longest
+    come first, so that the last to run are short and no processor is left alone with a long one.
+    """
+    lists = plan.cache.get(("triton", device))
+    if lists is None:
+        lists = ReadLists(*make_read_lists(plan.level_mask.to(device), plan.num_levels, plan.kv_block_size))
+        plan.cache[("triton", device)] = lists
+    return lists
+
+
+@torch.library.custom_op("psa_diffusers::make_read_lists", mutates_args=())
+def make_read_lists(level_mask: Tensor, num_levels: int, kv_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of :class:`ReadLists`, from an int8 level mask [batch, heads, query_blocks, kv_blocks]."""
+    query_blocks = level_mask.shape[2]
+    lists, lengths = empty_read_lists(level_mask, num_levels)
+    read_lists_launch(level_mask.contiguous(), lists, lengths, kv_block_size).run()
+    within_head = lengths.view(-1, query_blocks).argsort(dim=1, descending=True, stable=True)
+    first_of_head = torch.arange(0, len(lengths), query_blocks, device=level_mask.device)[:, None]
+    torch.add(within_head, first_of_head, out=lists.launch_order.view_as(within_head))
+    return tuple(lists)
+
+
+@make_read_lists.register_fake
+def _(level_mask: Tensor, num_levels: int, kv_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(empty_read_lists(level_mask, num_levels)[0])
+
+
+def empty_read_lists(level_mask: Tensor, num_levels: int) -> tuple[ReadLists, Tensor]:
+    """Buffers for the lists of a level mask, and for int32 [rows], how many packed rows each row reads."""
+    rows, kv_blocks = level_mask.shape[:3].numel(), level_mask.shape[3]
+    index_dtype = torch.int16 if kv_blocks <= torch.iinfo(torch.int16).max else torch.int32
+    blocks = level_mask.new_empty(rows, kv_blocks, dtype=index_dtype)
+    counts = level_mask.new_empty(rows, num_levels + 1, dtype=torch.int32)
+    launch_order = level_mask.new_empty(rows, dtype=torch.int32)
+    lengths = torch.empty_like(launch_order)
+    return ReadLists(blocks, counts, launch_order), lengths
+
+
+def read_lists_launch(level_mask: Tensor, lists: ReadLists, lengths: Tensor, kv_block_size: int) -> KernelLaunch:
+    """The launch that fills the blocks and counts of ``lists``, and ``lengths``, from a contiguous level mask."""
+    rows, kv_blocks = lists.blocks.shape
+    arguments = {
+        "level_mask": level_mask,
+        "blocks": lists.blocks,
+        "counts": lists.counts,
+        "lengths": lengths,
+        "kv_blocks": kv_blocks,
+        "LEVELS": lists.counts.shape[1] - 1,
+        "KV_BLOCK": kv_block_size,
+        "CHUNK": min(LIST_CHUNK, triton.next_power_of_2(kv_blocks)),
+    }
+    return KernelLaunch(read_lists_kernel, (rows,), arguments, num_warps=1)

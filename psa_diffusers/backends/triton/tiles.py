@@ -1,0 +1,95 @@
+"""Tile sizes: one place that knows what fits which GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+LIST_CHUNK = 1024  # level mask entries that the list kernel compacts at a time
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Queries and rows of a tile, and how the kernel that works on it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PyramidTile:
+    """Channels that one program of the pyramid kernel pools, and its warps."""
+
+    block_d: int
+    num_warps: int
+
+
+def attention_tile(
+    target: str, head_dim: int, dtype: torch.dtype, query_block_size: int, with_variance: bool = False
+) -> AttentionTile:
+    """The tile for a target ("sm_90", "gfx942", "cpu"), never taller than a query block (padded to 16 rows).
+
+    The sizes are the largest that compile without spilled registers, by ``scripts/compile_report.py``.
+    """
+    width = padded_head_dim(head_dim)
+    if target == "cpu":
+        tile = AttentionTile(64, 64, 4, 1)
+    elif dtype == torch.float32:  # exact products: no matrix units on NVIDIA, and operands in registers
+        tile = AttentionTile(32, 16, 8, 1) if width <= 128 else AttentionTile(16, 16, 8, 1)
+    elif target.startswith("gfx"):
+        tile = _amd_tile(width, with_variance)
+    else:
+        tile = _nvidia_tile(target, width, with_variance)
+    return tile if query_block_size >= tile.block_m else _shorter(tile, max(16, query_block_size), target)
+
+
+def _shorter(tile: AttentionTile, block_m: int, target: str) -> AttentionTile:
+    """The tile for query blocks below its height: half the warps; half the rows where registers hold the operands."""
+    block_n = tile.block_n if _has_large_shared_memory(target) else max(16, tile.block_n // 2)
+    return replace(tile, block_m=block_m, block_n=block_n, num_warps=4)
+
+
+def _has_large_shared_memory(target: str) -> bool:
+    """Hopper and data-centre Blackwell: 227 KiB, and matrix units that read operands from there."""
+    return target.startswith(("sm_90", "sm_10"))
+
+
+def _amd_tile(width: int, with_variance: bool) -> AttentionTile:
+    if width > 128:
+        return AttentionTile(64, 16, 8, 2)
+    return AttentionTile(128, 16 if with_variance and width > 64 else 32, 8, 2)
+
+
+def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
+    if width > 128 and with_variance:
+        return AttentionTile(64, 16, 8, 2)
+    if width > 128:
+        return AttentionTile(128 if _has_large_shared_memory(target) else 64, 32, 8, 2)
+    if with_variance and not _has_large_shared_memory(target):
+        return AttentionTile(128, 32, 8, 2)
+    return AttentionTile(128, 64, 8, 3)
+
+
+def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False) -> PyramidTile:
+    """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
+    numbers = 4096 if with_variance else 8192
+    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Channels of a tile: the next power of two, at least the 16 that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def target_of(device: torch.device) -> str:
+    """The target of a device as the tile table names it; "cpu" under the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"

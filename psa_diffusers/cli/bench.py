@@ -1,0 +1,239 @@
+"""psa-bench: sparse attention against dense attention, on this machine."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import WrongUsageError, as_wrong_usage, run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+EXAMPLE = """Time Pyramid Sparse Attention, planning included, against dense attention.
+
+Example: psa-bench --tokens 8192,16384 --compute-budget 0.15 --csv benchmarks/attention_cpu.csv
+
+Inputs are random with the structure of a video's. Dense is F.scaled_dot_product_attention; both take turns in one run.
+"""
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help)
+
+
+@app.command(help=EXAMPLE)
+def bench(
+    tokens: Annotated[str, _option("Sequence lengths, separated by commas.")] = "8192",
+    grid: Annotated[str | None, _option("Instead: the video's tokens as FRAMESxHEIGHTxWIDTH, by commas.")] = None,
+    compute_budget: Annotated[str | None, _option("Compute budgets, by commas. Default: the config's.")] = None,
+    heads: Annotated[int, _option("Attention heads.")] = 4,
+    head_dim: Annotated[int, _option("Width of a head.")] = 64,
+    batch: Annotated[int, _option("Samples.")] = 1,
+    dtype: Annotated[str, _option(f"By commas: {', '.join(DTYPES)}.")] = "float32",
+    device: Annotated[str, _option("cpu, cuda or cuda:N.")] = "cpu",
+    preset: Annotated[str | None, _option("A named PSA config; an unknown name lists them.")] = None,
+    backend: Annotated[str, _option("auto, triton, torch or reference.")] = "auto",
+    repeats: Annotated[int, _option("How often each is timed.")] = 10,
+    threads: Annotated[int | None, _option("CPU threads. Default: torch's.")] = None,
+    seed: Annotated[int, _option("Seed of the inputs.")] = 0,
+    csv_file: Annotated[Path | None, _option("Append the rows to this file.", "--csv")] = None,
+    as_json: Annotated[bool, _option("Print the rows as JSON, and nothing else, on stdout.", "--json")] = False,
+    quiet: Annotated[bool, _option("No progress bar.", "--quiet", "-q")] = False,
+    debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
+) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from ..benchmark import measure
+
+    sizes = {"heads": heads, "head-dim": head_dim, "batch": batch, "repeats": repeats, "threads": threads}
+    for name, number in sizes.items():
+        if number is not None and number < 1:
+            raise WrongUsageError(f"--{name} must be at least 1, but is {number}.")
+    cases = _cases(tokens, grid, compute_budget, preset, backend, dtype.split(","), device)
+    cases = [replace(case, heads=heads, head_dim=head_dim, batch=batch, seed=seed) for case in cases]
+    if csv_file is not None:
+        _check_csv(csv_file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    environment = _environment(device)
+    rows = []
+    with tqdm(total=len(cases) * repeats, disable=quiet, unit="repeat", leave=False) as bar:
+        for case in cases:
+            bar.set_description(f"{case.tokens} tokens, {case.dtype}")
+            with as_wrong_usage(ValueError):
+                rows.append(_row(case, measure(case, repeats, bar.update), environment))
+            if csv_file is not None:  # row by row, so that Ctrl-C loses only what is not finished
+                _append_csv(csv_file, rows[-1])
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, allow_nan=False))
+    else:
+        _show(rows)
+
+
+def _cases(
+    tokens: str, grid: str | None, budgets: str | None, preset: str | None, backend: str, dtypes: list[str], device: str
+) -> list:
+    """Every grid x compute budget x dtype."""
+    from ..benchmark import BenchCase, grid_of
+    from ..config import PSAConfig
+
+    grids = (
+        [_sizes(text) for text in grid.split(",")] if grid else [grid_of(n) for n in _numbers(tokens, int, "tokens")]
+    )
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise WrongUsageError(f"--dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+    _check_device(device)
+    with as_wrong_usage(ValueError):
+        config = replace(PSAConfig() if preset is None else PSAConfig.preset(preset), backend=backend)
+        configs = [config]
+        if budgets is not None:
+            configs = [replace(config, compute_budget=x) for x in _numbers(budgets, float, "compute-budget")]
+    return [BenchCase(g, c, dtype=t, device=device) for g in grids for t in dtypes for c in configs]
+
+
+def _numbers(text: str, kind: type, name: str) -> list:
+    try:
+        numbers = [kind(item) for item in text.split(",")]
+    except ValueError as error:
+        raise WrongUsageError(f"--{name} must be numbers separated by commas, but is {text!r}.") from error
+    if min(numbers) <= 0:
+        raise WrongUsageError(f"--{name} must be above 0, but is {text!r}.")
+    return numbers
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise WrongUsageError(f"--grid must be FRAMESxHEIGHTxWIDTH, e.g. 8x32x32, but is {text!r}.")
+    frames, height, width = (int(size) for size in sizes)
+    return frames, height, width
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise WrongUsageError(f"--device must be cpu, cuda or cuda:N, but is {device!r}.") from error
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise WrongUsageError(f"--device {device} is not on this machine; use --device cpu.")
+
+
+def _environment(device: str) -> dict[str, Any]:
+    import datetime
+
+    import torch
+
+    from .run_record import device_name, versions
+
+    found = versions()
+    return {
+        "device": device,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": found["torch"],
+        "triton": found["triton"],
+        "psa_diffusers": found["psa_diffusers"],
+        "commit": found["commit"],
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _row(case, figures: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    config = case.config
+    sizes = {
+        "tokens": case.tokens,
+        "grid": "x".join(map(str, case.grid)),
+        "batch": case.batch,
+        "heads": case.heads,
+        "head_dim": case.head_dim,
+        "dtype": case.dtype,
+        "rule": config.rule,
+        "compute_budget": config.compute_budget,
+        "query_block_size": config.query_block_size,
+        "kv_block_size": config.kv_block_size,
+        "num_levels": config.num_levels,
+        "seed": case.seed,
+    }
+    return {**sizes, **figures, **environment}
+
+
+def _check_csv(path: Path) -> None:
+    if not path.resolve().parent.is_dir():
+        raise WrongUsageError(f"there is no folder {path.parent} for --csv {path}.")
+    if path.is_dir():
+        raise WrongUsageError(f"--csv {path} is a folder; name a file.")
+
+
+def _append_csv(path: Path, row: dict[str, Any]) -> None:
+    """Append a row; a new file gets the column names first, and one with other columns is left alone."""
+    is_new = not path.exists() or path.stat().st_size == 0
+    if not is_new:
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file))
+        if columns != list(row):
+            raise WrongUsageError(f"{path} has other columns than this version writes; name a new file by --csv.")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: f"{item:.6g}" if isinstance(item, float) else item for name, item in row.items()})
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    title = f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}; milliseconds, medians"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = (
+        "tokens",
+        "dtype",
+        "backend",
+        "budget",
+        "dense",
+        "plan",
+        "attend",
+        "speedup",
+        "ideal",
+        "error",
+        "memory/KV",
+    )
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        milliseconds = [f"{1e3 * row[f'{stage}_median']:.1f}" for stage in ("dense", "plan", "attend")]
+        memory = row["peak_extra_over_kv"]
+        table.add_row(
+            str(row["tokens"]),
+            row["dtype"],
+            row["backend"],
+            f"{row['achieved_budget']:.3f}",
+            *milliseconds,
+            f"{row['speedup']:.2f}x",
+            f"{row['ideal_speedup']:.2f}x",
+            f"{row['relative_error']:.3f}",
+            "-" if memory is None else f"{memory:.2f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(run_command("psa-bench", app))
+
+
+if __name__ == "__main__":
+    main()

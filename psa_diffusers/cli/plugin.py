@@ -1,0 +1,27 @@
+"""The only place where the commands touch the plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import PSAConfig
+
+
+def switch_on(pipe: Any, config: PSAConfig) -> None:
+    """Enable PSA with fresh statistics."""
+    from .. import disable_psa, enable_psa
+
+    disable_psa(pipe)
+    enable_psa(pipe, config)
+
+
+def switch_off(pipe: Any) -> None:
+    from .. import disable_psa
+
+    disable_psa(pipe)
+
+
+def statistics(pipe: Any) -> Any:
+    from ..integration import psa_statistics
+
+    return psa_statistics(pipe)

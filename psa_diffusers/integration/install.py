@@ -1,0 +1,87 @@
+"""enable_psa, disable_psa, psa_statistics: for all the transformers of a pipeline at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.utils import logging
+from torch import nn
+
+from ..config import PSAConfig
+from .native import PATCH, detach, set_processor
+from .processor import PSAProcessor, installed_processors, transformers_of
+from .statistics import PSAStatistics
+from .tokens import known_transformers
+
+logger = logging.get_logger(__name__)
+
+
+def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = None) -> Any:
+    """Run the video self-attention of every transformer of a pipeline by Pyramid Sparse Attention.
+
+    Enabling again replaces the settings. A transformer that is not known here stays as it is, with a warning.
+
+    Args:
+        pipe: A diffusers video pipeline (or a transformer; see :class:`PSAProcessor` for what that needs).
+        config: Settings; default ``PSAConfig()``.
+        preset: Name of a preset instead (``PSAConfig.presets()`` lists them).
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ValueError: both config and preset are given, the preset is unknown, or there is no transformer.
+        TypeError: an argument is of another type.
+    """
+    if config is not None and preset is not None:
+        raise ValueError(f"enable_psa: give config or preset, not both (preset is {preset!r}).")
+    config = PSAConfig.preset(preset) if preset is not None else config
+    models = transformers_of(pipe)
+    _report_unknown(pipe, models)
+    if models:
+        processor = PSAProcessor(pipe, config)
+        for model in models:
+            for module, slot in getattr(model, PATCH).attention:
+                set_processor(module, processor if slot.self_attention else slot.native)
+    return pipe
+
+
+def disable_psa(pipe: Any) -> Any:
+    """Undo :func:`enable_psa` and ``set_attn_processor(PSAProcessor(...))``: the pipeline is as it was before.
+
+    Returns:
+        The same pipeline.
+    """
+    for model in transformers_of(pipe):
+        detach(model)
+    return pipe
+
+
+def psa_statistics(pipe: Any) -> PSAStatistics:
+    """What the pipeline's last run did: see :class:`PSAStatistics`.
+
+    Raises:
+        ValueError: PSA is not enabled on this pipeline.
+    """
+    processors = installed_processors(transformers_of(pipe))
+    if not processors:
+        raise ValueError(f"psa_statistics: PSA is not enabled on this {type(pipe).__name__}; call enable_psa(pipe).")
+    return processors[0].statistics
+
+
+def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:
+    """Say which transformers stay dense."""
+    parts = {"model": pipe} if isinstance(pipe, nn.Module) else pipe.components
+    known = {id(model) for model in models}
+    found = {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    strangers = [
+        f"{name} ({type(part).__name__})"
+        for name, part in found.items()
+        if id(part) not in known and ("transformer" in name or "Transformer" in type(part).__name__)
+    ]
+    if strangers:
+        logger.warning(f"PSA leaves {', '.join(strangers)} dense; it knows {', '.join(known_transformers())}.")
+    elif not models:
+        raise ValueError(
+            f"enable_psa: {type(pipe).__name__} has no video transformer; PSA knows {', '.join(known_transformers())}."
+        )

@@ -1,0 +1,135 @@
+"""Which denoising step is running, and whether it stays dense."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import PSAConfig
+
+STEP_UNKNOWN = "step unknown"
+DENSE_WARMUP = "dense warm-up"
+DENSE_LAST = "dense last steps"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step: its index among the ``total`` steps that this run executes."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What the pipeline said of a transformer call through ``model.cache_context`` (in diffusers 0.36 only a name)."""
+
+    name: str | None = None
+    step_index: int | None = None
+    total: int | None = None
+
+
+def dense_steps(share: float, total: int) -> int:
+    """ceil(share * total), not pushed over a whole number by rounding (0.07 * 100 is 7 steps)."""
+    return math.ceil(round(share * total, 9))
+
+
+def dense_reason(step: Step | None, config: PSAConfig) -> str | None:
+    """Why this step stays dense, or None where it may be sparse."""
+    if step is None:
+        return STEP_UNKNOWN
+    if step.index < dense_steps(config.dense_warmup, step.total):
+        return DENSE_WARMUP
+    if step.index >= step.total - dense_steps(config.dense_last, step.total):
+        return DENSE_LAST
+    return None
+
+
+class StepClock:
+    """Finds the step of a transformer call from what the pipeline itself says; it counts no calls.
+
+    In order: the caller's explicit step; the step index in the model's cache context; the position of the pipeline's
+    current timestep (else of the timestep given to the transformer) in ``scheduler.timesteps``: by its place in the
+    same storage, which is exact for repeated timesteps and reads nothing from the device, or by value on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self._timesteps: torch.Tensor | None = None  # of the running run; held, so that its identity is not reused
+        self._first = 0  # position in them of the run's first step: video-to-video runs only the tail
+        self._last: Step | None = None
+
+    def locate(
+        self, pipe: Any, timestep: Any, context: CallContext | None = None, explicit: Step | None = None
+    ) -> tuple[Step | None, bool]:
+        """The step, or None where it cannot be known; and whether a new run begins with it."""
+        timesteps = _timesteps_of(pipe)
+        renewed = timesteps is not self._timesteps
+        context = context or CallContext()
+        if explicit is not None:
+            step = explicit
+        elif context.step_index is not None:
+            step = Step(context.step_index, context.total or _run_length(pipe, timesteps) or 0)
+        else:
+            step = self._from_timesteps(pipe, timesteps, timestep, renewed)
+        if step is None or not 0 <= step.index < step.total:
+            return None, False
+        last, self._last, self._timesteps = self._last, step, timesteps
+        new_run = renewed or last is None or step.index < last.index or step.total != last.total
+        return step, new_run
+
+    def _from_timesteps(self, pipe: Any, timesteps: torch.Tensor | None, timestep: Any, renewed: bool) -> Step | None:
+        if timesteps is None or len(timesteps) == 0:
+            return None
+        position = _place_in_storage(getattr(pipe, "_current_timestep", None), timesteps)
+        pipe_runs = position is not None or not hasattr(pipe, "_current_timestep")
+        if position is None:
+            position = _place_in_storage(timestep, timesteps)
+        if position is None:
+            position = _nearest(timestep, timesteps)
+        if position is None:
+            return None
+        if renewed or position < self._first:
+            first = len(timesteps) - (_run_length(pipe, timesteps) or 0) if pipe_runs else position
+            self._first = min(first, position)
+        return Step(position - self._first, len(timesteps) - self._first)
+
+
+def _timesteps_of(pipe: Any) -> torch.Tensor | None:
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
+
+
+def _run_length(pipe: Any, timesteps: torch.Tensor | None) -> int | None:
+    """How many of the timesteps the run executes, as the pipeline says before its loop (``pipe.num_timesteps``)."""
+    length = getattr(pipe, "_num_timesteps", None)
+    known = isinstance(length, int) and timesteps is not None and 0 < length <= len(timesteps)
+    return length if known else None
+
+
+def _place_in_storage(timestep: Any, timesteps: torch.Tensor) -> int | None:
+    """Position of a view of one of the timesteps (``timesteps[i]``, also expanded over a batch). No device access."""
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() == 0:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    place, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0) or 1)
+    return place if rest == 0 and 0 <= place < len(timesteps) else None
+
+
+def _nearest(timestep: Any, timesteps: torch.Tensor) -> int | None:
+    """Position of the nearest timestep, where it is near and can be read without waiting for a GPU."""
+    if timesteps.device.type != "cpu":
+        return None
+    if isinstance(timestep, torch.Tensor):
+        if timestep.device.type != "cpu" or timestep.numel() == 0:
+            return None
+        timestep = float(timestep.max())  # per-token timesteps (TI2V) are 0 where an image is given
+    if not isinstance(timestep, int | float):
+        return None
+    distances = (timesteps.double() - timestep).abs()
+    position = int(distances.argmin())
+    # Half a percent of the range: more than bfloat16 loses, less than what lies between two steps.
+    return position if distances[position] <= 0.005 * timesteps.abs().max() else None

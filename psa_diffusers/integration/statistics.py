@@ -1,0 +1,145 @@
+"""What a run did: sparse and dense calls, reasons, achieved compute budget, time. Only reading waits for a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..planning.plan import Plan
+from .schedule import Step
+
+DENSE, SPARSE = "dense", "sparse"
+
+
+class PSAStatistics:
+    """Counts over the self-attention calls of the last run, all transformers of a pipeline together.
+
+    They start anew with each run, or by :meth:`reset`. Reading a property that holds times or compute budgets waits
+    for the GPU; counting does not. In compiled blocks (``compile_repeated_blocks``) a scheduled dense call is counted
+    as its forward begins, and a call that falls back for another reason (a mask, gradients) is not.
+
+    Attributes:
+        sparse_calls, dense_calls: Self-attention calls that ran sparse, and dense.
+        dense_reasons: Calls that ran dense, by reason, e.g. ``{"dense warm-up": 40}``.
+        steps: (index, total, "dense" or "sparse") of each denoising step; sparse if any of its calls was.
+        backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
+        notes: What had to be reported, each once.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.sparse_calls = 0
+        self._dense_reasons: Counter[str] = Counter()
+        self.steps: list[tuple[int, int, str]] = []
+        self.backend: str | None = None
+        self.backend_reason: str | None = None
+        self.notes: list[str] = []
+        self._budget_sum: torch.Tensor | float = 0.0
+        self._seconds = {"planning": 0.0, "attention": 0.0}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    # -- counting -------------------------------------------------------------------------------------------------
+
+    def count_step(self, step: Step) -> None:
+        """A forward of this step begins. It is dense until one of its calls is sparse."""
+        if not self.steps or self.steps[-1][:2] != (step.index, step.total):
+            self.steps.append((step.index, step.total, DENSE))
+
+    def count_dense(self, reason: str, calls: int = 1) -> None:
+        self._dense_reasons[reason] += calls
+
+    def count_sparse(self, plan: Plan) -> None:
+        self.sparse_calls += 1
+        cost = plan.mean_cost()
+        total = self._budget_sum
+        if isinstance(total, torch.Tensor):
+            total = total.to(cost.device, non_blocking=True)
+        self._budget_sum = total + cost
+        if self.steps:
+            self.steps[-1] = (*self.steps[-1][:2], SPARSE)
+        for note in plan.notes:
+            self.note(note)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextmanager
+    def timed(self, part: str, device: torch.device) -> Iterator[None]:
+        """Adds the time of the ``with`` block to ``part``: by the clock on a CPU, by events on a GPU."""
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                end.record()
+            self._events.append((part, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[part] += time.perf_counter() - started
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    @property
+    def dense_calls(self) -> int:
+        return sum(self._dense_reasons.values())
+
+    @property
+    def dense_reasons(self) -> dict[str, int]:
+        return dict(self._dense_reasons)
+
+    @property
+    def last_step(self) -> tuple[int, int, str] | None:
+        """(index, total, "dense" or "sparse") of the newest step. Cheap: for progress bars."""
+        return self.steps[-1] if self.steps else None
+
+    @property
+    def compute_budget_sparse(self) -> float | None:
+        """Mean achieved compute budget of the sparse calls (dense = 1); None if there were none."""
+        return float(self._budget_sum) / self.sparse_calls if self.sparse_calls else None
+
+    @property
+    def compute_budget_all(self) -> float | None:
+        """Mean achieved compute budget of all self-attention calls, dense ones counting 1; None if there were none."""
+        calls = self.sparse_calls + self.dense_calls
+        return (float(self._budget_sum) + self.dense_calls) / calls if calls else None
+
+    @property
+    def planning_seconds(self) -> float:
+        """Time spent making plans for sparse calls."""
+        return self._resolve("planning")
+
+    @property
+    def attention_seconds(self) -> float:
+        """Time spent in sparse attention, planning not included. Dense calls are not timed."""
+        return self._resolve("attention")
+
+    def _resolve(self, part: str) -> float:
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds[part]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above as plain values, ready for JSON."""
+        names = (
+            *("sparse_calls", "dense_calls", "dense_reasons", "backend", "backend_reason"),
+            *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
+        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values["steps"] = [list(step) for step in self.steps]
+        values["notes"] = list(self.notes)
+        return values
+
+    def __repr__(self) -> str:
+        return f"PSAStatistics(sparse_calls={self.sparse_calls}, dense_reasons={self.dense_reasons})"

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from psa_diffusers.cli.errors import run_command
+from psa_diffusers.cli.generate import app
+
+from .tiny_wan import save_model
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory) -> Path:
+    """A tiny random Wan model on disk; do not change it (see ``broken_model``)."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def broken_model(saved_model, tmp_path) -> Path:
+    """A copy of the tiny model, to damage."""
+    return Path(shutil.copytree(saved_model, tmp_path / "broken"))
+
+
+class Outcome:
+    """What a command left behind: exit code, stdout, stderr."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def psa_generate(capsys):
+    """Run psa-generate in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = run_command("psa-generate", app, [str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
