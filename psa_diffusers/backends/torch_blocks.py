@@ -32,7 +32,7 @@ def attend_torch(
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, fast on CPUs. No gradients.
 
     Computes in float32 (float64 for float64 inputs) and rounds once, at the end. Beyond inputs and output it takes 1.89
-    times the memory of K and V (4 levels, kv blocks of 64), of two heads or of a third of them.
+    times the memory of K and V (4 levels, kv blocks of 64), for a third of the heads at a time.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
@@ -49,8 +49,8 @@ def attend_torch(
     call = _Call(query, key, value, plan, scale, return_lse)
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
     workers = thread_count(query.device)
-    # Two heads at a time keep few workers busy; more of them get a third of the heads, the memory of K and V at most.
-    slots = min(len(heads), workers, max(2, len(heads) // 3))
+    # One head is worked on while the next is prepared, where that does not take too much memory beside K and V.
+    slots = min(len(heads), workers, max(1, len(heads) // 3))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         memory = [call.empty_tables(3 if logit_correction == "variance" else 2) for _ in range(slots)]
         run_groups(heads, memory, call.prepare, _attend_block, workers)

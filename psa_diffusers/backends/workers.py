@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,7 @@ def run_groups(
         with torch.inference_mode(inference), torch.no_grad():
             queue.drain()
 
-    pool = _pool(workers, torch.get_num_threads() // workers)
+    pool = _pool(workers, max(1, torch.get_num_threads() // workers), os.getpid())
     jobs = [pool.submit(drain) for _ in range(workers)]
     for error in [job.exception() for job in jobs]:
         if error is not None:
@@ -117,14 +118,20 @@ class _Queue(Generic[Group, Slot, Piece]):
 
 
 @lru_cache(maxsize=4)
-def _pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
-    """Threads whose operators use ``threads_each`` threads. Setting that touches the whole process: put back after."""
+def _pool(workers: int, threads_each: int, process: int) -> ThreadPoolExecutor:
+    """Threads whose operators use ``threads_each`` threads; a pool for every process, as a fork does not copy threads.
+
+    To set the number also touches what other threads use (MKL), so that it is put back at once.
+    """
     before = torch.get_num_threads()
     ready = threading.Barrier(workers + 1)
 
     def start() -> None:
-        torch.set_num_threads(threads_each)
-        ready.wait()
+        try:
+            torch.get_num_threads()  # a thread's first call takes the process's number over; not to come later
+            torch.set_num_threads(threads_each)
+        finally:
+            ready.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="psa", initializer=start)
     for _ in range(workers):
