@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -80,30 +81,25 @@ def record_calls(experiment: Experiment, prompts: list[str], every: int) -> list
     operations.build_plan = recording
     try:
         for prompt in prompts:
-            experiment.run(prompt, PSAConfig(backend=experiment.settings.config.backend))
+            experiment.run(prompt, experiment.settings.config)
     finally:
         operations.build_plan = real
     return calls
 
 
-def calibrated(
-    experiment: Experiment, prompts: list[str], budgets: list[float], methods: list[str], every: int
-) -> dict:
-    """{(method, budget): config}; kept in calibration.json, since finding them takes minutes."""
+def calibrated(experiment: Experiment, prompts: list[str], wanted: list[tuple[str, float]], every: int) -> dict:
+    """{(method, budget): config} for those wanted; kept in calibration.json, since finding them takes minutes."""
     file = experiment.folder / "calibration.json"
     key = {"settings": experiment.settings.to_dict(), "prompts": prompts, "every": every}
     kept = json.loads(file.read_text()) if file.is_file() else {}
     found = kept.get("found", {}) if kept.get("key") == key else {}
-    if any(f"{method} @ {budget}" not in found for method, budget in wanted):
-        calls = record_calls(experiment, prompts, every)
-        for method, budget in wanted:
-            config = calibrate(method, budget, experiment.settings.config, calls)
-            found[f"{method} @ {budget}"] = config.to_dict()
-            if not experiment.quiet:
-                print(
-                    f"{method} @ {budget}: {config.level_thresholds or config.level_fractions or ''}", file=sys.stderr
-                )
-        run_record.write_json(file, {"key": key, "found": found})
+    missing = [(method, budget) for method, budget in wanted if f"{method} @ {budget}" not in found]
+    calls = record_calls(experiment, prompts, every) if missing else []
+    for method, budget in missing:
+        config = calibrate(method, budget, experiment.settings.config, calls)
+        found[f"{method} @ {budget}"] = config.to_dict()
+        experiment.say(f"{method} @ {budget}: {config.level_thresholds or config.level_fractions or ''}")
+    run_record.write_json(file, {"key": key, "found": found})
     return {(method, budget): PSAConfig.from_dict(found[f"{method} @ {budget}"]) for method, budget in wanted}
 
 
@@ -142,6 +138,11 @@ def measure(experiment: Experiment, prompt: str, method: str, budget: float, con
     }
 
 
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: a mean over a video that is identical to the dense one becomes null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def summarise(rows: list[dict[str, Any]], methods: list[str], budgets: list[float]) -> list[dict[str, Any]]:
     """Means over the prompts, and how the default does against each method prompt by prompt."""
     table = []
@@ -159,10 +160,10 @@ def summarise(rows: list[dict[str, Any]], methods: list[str], budgets: list[floa
                     "budget": budget,
                     "prompts": len(chosen),
                     "achieved": fmean(values["achieved"]),
-                    "psnr": fmean(values["psnr"]),
-                    "psnr_stdev": stdev(values["psnr"]) if len(chosen) > 1 else None,
+                    "psnr": finite(fmean(values["psnr"])),
+                    "psnr_stdev": stdev(values["psnr"]) if len(chosen) > 1 and finite(sum(values["psnr"])) else None,
                     "ssim": fmean(values["ssim"]),
-                    "default_ahead_db": fmean(gains) if gains else None,
+                    "default_ahead_db": finite(fmean(gains)) if gains else None,
                     "default_ahead_in": sum(gain > 0 for gain in gains),
                 }
             )
@@ -174,7 +175,8 @@ def markdown(table: list[dict[str, Any]]) -> str:
     for row in table:
         ahead, on = f"{row['default_ahead_db'] or 0:+.2f} dB", f"{row['default_ahead_in']} of {row['prompts']}"
         ahead, on = ("", "") if row["method"] == BUDGET_RULE else (ahead, on)
-        figures = f"{row['achieved']:.3f} | {row['psnr']:.2f} | {row['ssim']:.4f}"
+        ratio = "identical" if row["psnr"] is None else f"{row['psnr']:.2f}"
+        figures = f"{row['achieved']:.3f} | {ratio} | {row['ssim']:.4f}"
         lines.append(f"| {row['budget']:g} | {row['method']} | {figures} | {ahead} | {on} |")
     return "\n".join(lines) + "\n"
 
@@ -226,10 +228,8 @@ def measure_all(experiment: Experiment, prompts: list[str], configs: dict) -> li
     file = experiment.folder / "quality.csv"
     wanted = [(prompt, *key, config) for prompt in prompts for key, config in configs.items()]
     identity = run_record.digest(json.dumps(experiment.settings.to_dict(), sort_keys=True))
-    kept = {
-        (row["settings"], row["prompt"], row["method"], float(row["budget"]), row["config"]): row
-        for row in read_rows(file)
-    }
+    columns = ("settings", "prompt", "method", "budget", "config")
+    kept = {tuple(row[name] for name in columns): row for row in read_rows(file)}
     rows = []
     for number, (prompt, method, budget, config) in enumerate(wanted, start=1):
         key = (identity, prompt, method, str(budget), json.dumps(config.to_dict(), sort_keys=True))

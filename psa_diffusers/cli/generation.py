@@ -11,6 +11,7 @@ from typing import Any
 from ..config import PSAConfig
 from ..metrics import write_video
 from ..report.comparison import compare_videos, side_by_side
+from . import machine as machines
 from . import pipeline, run_record, settings
 from .denoise import Generated, generate
 from .output import DENSE_VIDEO, SIDE_BY_SIDE, VIDEO, RunFolder, default_folder, plan_folders
@@ -87,8 +88,8 @@ def resolve_settings(
     """
     given = {name: value for name, value in video.items() if value is not None}
     chosen = {**settings.WAN_DEFAULTS, **source.defaults(), **given}
-    device = pipeline.pick_device(machine[0])
-    pipeline.check_offload(machine[2], device)
+    device = machines.pick_device(machine[0])
+    machines.check_offload(machine[2], device)
     resolved = settings.GenerationSettings(
         model=source.name,
         negative_prompt=chosen["negative_prompt"],
@@ -99,7 +100,7 @@ def resolve_settings(
         num_frames=chosen["num_frames"],
         fps=chosen["fps"],
         seed=seed,
-        dtype=pipeline.pick_dtype(machine[1], device),
+        dtype=machines.pick_dtype(machine[1], device),
         device=device,
         offload=machine[2],
         config=config,
@@ -107,7 +108,7 @@ def resolve_settings(
     )
     settings.check_numbers(resolved.steps, resolved.guidance_scale, resolved.fps, resolved.seed)
     settings.check_size(resolved.num_frames, resolved.height, resolved.width, *pipeline.size_rules(source))
-    pipeline.check_backend(config.backend, device)
+    machines.check_backend(config.backend, device)
     return resolved
 
 

@@ -6,7 +6,9 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+_BREAKS_SAY_WHY = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 # An operation takes tensors and numbers only: it finds its processor here.
 _processors: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -44,6 +46,15 @@ def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, processor: in
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def compiled_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Name prefixes of the parts of a transformer that were compiled (``compile_repeated_blocks``)."""
-    return tuple(f"{name}." for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None))
+def leave_graph() -> None:
+    """Called by a hook that is being compiled: what it reads changes from step to step, and must not be frozen.
+
+    Where graphs may not break, the compiler raises with this message.
+    """
+    if not _BREAKS_SAY_WHY:
+        torch._dynamo.graph_break()
+    else:
+        torch._dynamo.graph_break(
+            msg="PSA reads the denoising step before each call of the transformer, which cannot be part of a full "
+            "graph. Use pipe.transformer.compile_repeated_blocks(fullgraph=True), or torch.compile without fullgraph."
+        )

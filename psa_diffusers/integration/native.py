@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from torch import nn
 
+from .compiled import leave_graph
 from .schedule import CallContext
 from .tokens import ModelRow, find_row
+
+logger = logging.get_logger(__name__)
 
 PATCH = "_psa_patch"  # on a root transformer
 SLOT = "_psa_slot"  # on an attention module
@@ -47,9 +51,11 @@ class AttentionSlot:
     position: torch.Tensor  # in ModelPatch.attention
     sparse: bool = False
     dense_reason: str = OUTSIDE
+    in_use: bool = False  # a sparse processor was on the module
 
     def decide(self, dense_reason: str | None) -> None:
         """Run sparse, or dense for this reason."""
+        self.in_use = True
         self.sparse, self.dense_reason = dense_reason is None, dense_reason or ""
 
 
@@ -62,6 +68,11 @@ class ModelPatch:
     signature: inspect.Signature
     handles: list[Any] = field(default_factory=list)
     context: CallContext | None = None
+    parents: dict[str, nn.Module] = field(default_factory=dict)  # all modules around attention, by name and a dot
+
+    def compiled(self) -> tuple[str, ...]:
+        """Name prefixes of the blocks that were compiled (``compile_repeated_blocks``)."""
+        return tuple(name for name, part in self.parents.items() if getattr(part, "_compiled_call_impl", None))
 
     def slots_of(self, processor: SparseProcessor) -> list[AttentionSlot]:
         """Slots of the attention modules that this processor is now on."""
@@ -89,6 +100,8 @@ def attach(model: nn.Module) -> ModelPatch:
             model.__dict__["cache_context"] = cache_context.__get__(model)
     found = [(name, part) for name, part in model.named_modules() if callable(getattr(part, "processor", None))]
     patch.attention = [(part, _slot_of(model, patch.row, name, part, i)) for i, (name, part) in enumerate(found)]
+    around = {name[:dot] for name, _ in found for dot in range(len(name)) if name[dot] == "."}
+    patch.parents = {f"{name}.": model.get_submodule(name) for name in sorted(around)}
     return patch
 
 
@@ -142,29 +155,41 @@ def _native_of(module: nn.Module) -> Any:
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()  # facts of the run are read here, outside any graph
+        leave_graph()
     patch = getattr(model, PATCH)
     arguments = patch.signature.bind_partial(model, *args, **kwargs).arguments
     for processor in patch.processors():
         processor.begin_forward(model, patch, arguments)
+    _report_replaced(patch)
 
 
 def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()
+        leave_graph()
     patch = getattr(model, PATCH)
     for processor in patch.processors():
         processor.end_forward(patch)
+
+
+def _report_replaced(patch: ModelPatch) -> None:
+    """Fused projections and the like set processors of their own: say that PSA is gone from there."""
+    pairs = patch.attention
+    replaced = [slot for module, slot in pairs if slot.in_use and not isinstance(module.processor, SparseProcessor)]
+    if replaced:
+        logger.warning(
+            f"PSA no longer runs in {len(replaced)} attention modules ({replaced[0].name}, ...), whose processors were "
+            "replaced. Call enable_psa(pipe) again to use it there, or disable_psa(pipe)."
+        )
+    for slot in replaced:
+        slot.in_use = False
 
 
 @contextmanager
 def cache_context(model: nn.Module, name: str, **details: Any) -> Iterator[None]:
     """``model.cache_context``, remembering what the pipeline said."""
     patch = getattr(model, PATCH)
-    outer, patch.context = (
-        patch.context,
-        CallContext(name, details.get("step_index"), details.get("num_inference_steps")),
-    )
+    outer = patch.context
+    patch.context = CallContext(name, details.get("step_index"), details.get("num_inference_steps"))
     try:
         with type(model).cache_context(model, name, **details):
             yield
@@ -206,6 +231,22 @@ def reroute(native: type, attention: Callable[..., torch.Tensor]) -> Callable[..
     rerouted = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
     rerouted.__kwdefaults__ = function.__kwdefaults__
     return rerouted
+
+
+def widen_signature(function: Callable[..., Any], natives: set[type]) -> None:
+    """Let a processor's ``__call__`` name the parameters of these natives beside those that it names already.
+
+    ``Attention.forward`` passes on only arguments that ``inspect.signature(processor.__call__)`` names: a bare
+    ``**kwargs`` loses the rotary embedding without a word. Dynamo does not trace a ``__call__`` of the object's own,
+    so that the names are the class's, and only ever added to.
+    """
+    named = dict(inspect.signature(function).parameters)
+    positional = [named.pop(name) for name in ("self", "attn")]
+    others = {name: p for name, p in named.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for native in natives:
+        for name in list(inspect.signature(native.__call__).parameters)[2:]:
+            others[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    function.__signature__ = inspect.Signature([*positional, *others.values()])
 
 
 def _through(attention: Callable[..., torch.Tensor], dense: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations
-from .compiled import compiled_blocks, register_processor
-from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute
+from .compiled import register_processor
+from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
 from .statistics import PSAStatistics
 from .tokens import TokenLayout, find_row, known_transformers
@@ -102,6 +102,7 @@ class PSAProcessor(SparseProcessor):
         known = {type(slot.native) for slot in self._slots if slot.self_attention and slot.known}
         routes = {native: reroute(native, self._attention) for native in known}
         self._routes = {native: route for native, route in routes.items() if route is not None}
+        widen_signature(PSAProcessor.__call__, natives)
         for native in natives - set(self._routes):
             logger.warning(f"PSA cannot reroute {native.__name__}: the attention that it computes stays dense.")
 
@@ -167,12 +168,11 @@ class PSAProcessor(SparseProcessor):
             self._warn_of_unknown_step()
         elif reason is None and layout is None:
             reason = "token grid unknown"
-        self._call = ForwardCall(
-            step, layout, self._branch(model, patch, step, new_run), tuple(slot for _, slot in patch.attention)
-        )
+        branch = self._branch(model, patch, step, new_run)
+        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention))
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
-        self._count_compiled(model, slots)
+        self._count_compiled(patch, slots)
 
     def end_forward(self, patch: ModelPatch) -> None:
         """The transformer call is over, by its end or by an error (called by its hook)."""
@@ -184,9 +184,9 @@ class PSAProcessor(SparseProcessor):
             return "dense layer"
         return None if type(slot.native) in self._routes else "unknown attention processor"
 
-    def _count_compiled(self, model: nn.Module, slots: list[AttentionSlot]) -> None:
+    def _count_compiled(self, patch: ModelPatch, slots: list[AttentionSlot]) -> None:
         """Dense calls inside compiled blocks, which cannot count: every one of their layers will be called."""
-        blocks = compiled_blocks(model)
+        blocks = patch.compiled()
         for slot in slots if blocks else ():
             if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
                 self.statistics.count_dense(slot.dense_reason)
@@ -230,9 +230,9 @@ class PSAProcessor(SparseProcessor):
         if reason is not None:
             self.statistics.count_dense(reason)
             return dense(query, key, value, **options)
-        return self.attend(query, key, value, self._slot, scale)
+        return self._attend(query, key, value, self._slot, scale)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Tensor:
         """Plan and compute one call of this attention module, and count it."""
         statistics, config = self.statistics, self.config
         with statistics.timed("planning", query.device):
@@ -245,8 +245,8 @@ class PSAProcessor(SparseProcessor):
         return output
 
     def attend_at(self, query: Tensor, key: Tensor, value: Tensor, position: int, scale: float | None) -> Tensor:
-        """:meth:`attend` for the attention module at this position of the transformer that is running."""
-        return self.attend(query, key, value, self._call.slots[position], scale)
+        """One sparse call, for the attention module at this position of the transformer that is running."""
+        return self._attend(query, key, value, self._call.slots[position], scale)
 
     def _dense_reason_of(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
         """Why this call cannot be sparse, by what the native processor asks for; None where it can."""

@@ -25,7 +25,7 @@ class Step:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What the pipeline said of a transformer call through ``model.cache_context`` (nothing, before diffusers 0.37)."""
+    """What the pipeline said of a transformer call through ``model.cache_context`` (in diffusers 0.36 only a name)."""
 
     name: str | None = None
     step_index: int | None = None
@@ -91,12 +91,10 @@ class StepClock:
             position = _nearest(timestep, timesteps)
         if position is None:
             return None
-        length = _run_length(pipe, timesteps) if pipe_runs else None
-        first = len(timesteps) - length if length else None
-        if first is None or first > position:
-            first = position if renewed or position < self._first else self._first
-        self._first = first
-        return Step(position - first, len(timesteps) - first)
+        if renewed or position < self._first:
+            first = len(timesteps) - (_run_length(pipe, timesteps) or 0) if pipe_runs else position
+            self._first = min(first, position)
+        return Step(position - self._first, len(timesteps) - self._first)
 
 
 def _timesteps_of(pipe: Any) -> torch.Tensor | None:

@@ -20,7 +20,8 @@ class PSAStatistics:
     """Counts over the self-attention calls of the last run, all transformers of a pipeline together.
 
     They start anew with each run, or by :meth:`reset`. Reading a property that holds times or compute budgets waits
-    for the GPU; counting does not.
+    for the GPU; counting does not. In compiled blocks (``compile_repeated_blocks``) a scheduled dense call is counted
+    as its forward begins, and a call that falls back for another reason (a mask, gradients) is not.
 
     Attributes:
         sparse_calls, dense_calls: Self-attention calls that ran sparse, and dense.

@@ -135,7 +135,7 @@ def block_rows(
 
 
 def rows_per_chunk(tokens: Tensor, block_size: int) -> int:
-    """How many blocks to handle at once: what fits a cache on a CPU, a sixteenth of the tensor elsewhere."""
+    """How many blocks to handle at once: what fits a cache on a CPU, an eighth of the tensor elsewhere."""
     block_numel = tokens.shape[0] * tokens.shape[2] * tokens.shape[3] * block_size
-    budget = 2**18 if tokens.device.type == "cpu" else max(2**22, tokens.numel() // 16)
+    budget = 2**18 if tokens.device.type == "cpu" else max(2**24, tokens.numel() // 8)
     return max(1, budget // block_numel)

@@ -1,11 +1,11 @@
 """The ``budget`` rule: the levels of least estimated error that a compute budget pays for.
 
 Every block pair stands on a ladder: rung 0 is the centroid, rung 1 the coarsest level, rung ``num_levels`` level 1.
-At a price ``lambda`` a pair takes the rung with the least error + lambda * cost, which is a vertex of the lower convex hull
-of its (cost, error) points; so each step of the ladder has one lambda below which it is taken. The steps are counted in
-a histogram over lambda, its cumulative cost gives the lambda at which the budget is spent, and the bin in which that
-happens is filled in index order. Nothing is sorted and nothing is read back, so that a GPU is never waited for; costs
-are whole numbers of 1 / kv_block_size, so that the result is the same every time.
+At a price ``lambda`` a pair takes the rung with the least error + lambda * cost, which is a vertex of the lower convex
+hull of its (cost, error) points; so each step of the ladder has one lambda below which it is taken. The steps are
+counted in a histogram over lambda, its cumulative cost gives the lambda at which the budget is spent, and the bin in
+which that happens is filled in index order. Nothing is sorted and nothing is read back, so that a GPU is never waited
+for; costs are whole numbers of 1 / kv_block_size, so that the result is the same every time.
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ def _room(shape: torch.Size, compute_budget: float, kv_block_size: int, limits: 
 
 def _last_bin(prices: Tensor, costs: list[Tensor], room: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [batch] each: the bin that the budget pays for in part (all above it in full), and what is left for it."""
-    batch = prices.shape[1]
-    spent = torch.zeros(batch, _BINS, dtype=torch.int64, device=prices.device)
+    batch, heads = prices.shape[1:3]
+    # One histogram a head, so that a GPU's threads meet less often at a bin; whole numbers add up to the same.
+    spent = torch.zeros(batch, heads, _BINS, dtype=torch.int64, device=prices.device)
     for price, cost in zip(prices, costs, strict=True):
-        weights = cost.expand(price.shape).reshape(batch, -1).to(torch.int64)
-        spent.scatter_add_(1, price.reshape(batch, -1).to(torch.int64), weights)
+        weights = cost.expand(price.shape).flatten(2).to(torch.int64)
+        spent.scatter_add_(2, price.flatten(2).to(torch.int64), weights)
+    spent = spent.sum(1)
     above = spent.flip(1).cumsum(1).flip(1) - spent  # what the steps of all higher bins cost
     # Bins are affordable from the top down; the lowest whose predecessors fit is the last that is touched.
     last = (above > room[:, None]).sum(1).clamp(max=_BINS - 1)

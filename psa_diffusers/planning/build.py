@@ -172,8 +172,20 @@ class _Planner:
             config.kv_block_size,
             scale=self.scale,
         )
-        errors = pair_errors(importance, second, samples, spread, scale=self.scale)
-        prices = step_prices(errors, config.kv_block_size, cap)
+        # A few heads at a time: errors and prices in float32 would be many times the level mask.
+        pairs, prices = importance.score[:, 0].numel(), []
+        step = max(1, (2**17 if importance.score.device.type == "cpu" else 2**22) // pairs)
+        for start in range(0, importance.score.shape[1], step):
+            heads = slice(start, start + step)
+            errors = pair_errors(
+                importance.of_heads(heads),
+                second[:, heads],
+                samples.of_heads(heads),
+                spread.of_heads(heads),
+                scale=self.scale,
+            )
+            prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
+        prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
         return spend(prices, config.compute_budget, config.kv_block_size, limits)
 

@@ -27,6 +27,9 @@ class Importance:
     score: Tensor
     energy: Tensor
 
+    def of_heads(self, heads: slice) -> Importance:
+        return Importance(self.score[:, heads], self.energy[:, heads])
+
 
 def sampled_importance(query: Samples, key: Samples, *, scale: float, reduction: str) -> Importance:
     """Softmax over the sampled keys of all blocks, weighted by the tokens that a sample stands for.
@@ -84,7 +87,7 @@ def _sample_bias(key: Samples) -> Tensor | None:
 
 def _score_chunk(rows: Tensor, numel_per_block: int) -> int:
     """Query blocks whose scores are in memory at once: what stays in a CPU's cache, an eighth of the rows elsewhere."""
-    limit = 2**19 if rows.device.type == "cpu" else max(2**24, rows.numel())
+    limit = 2**18 if rows.device.type == "cpu" else max(2**24, rows.numel())
     return max(1, limit // numel_per_block)
 
 
@@ -103,16 +106,17 @@ def centroid_energy(
     """
     batch, heads, samples, blocks, _ = query.rows.shape
     kv_blocks = key_mean.shape[2]
-    key_mean, key_spread = key_mean.transpose(2, 3), key_spread.transpose(2, 3)
+    key_spread = key_spread.transpose(2, 3) * 0.5
     energy = key_mean.new_empty(batch, heads, blocks, kv_blocks)
+    key_mean = key_mean.transpose(2, 3).flatten(0, 1)
     step = _score_chunk(query.rows, batch * heads * samples * kv_blocks)
     for start in range(0, blocks, step):
         stop = min(start + step, blocks)
         rows = query.rows[:, :, :, start:stop].reshape(batch, heads, samples * (stop - start), -1) * scale
-        logits = rows.square() @ (key_spread * 0.5)
+        half_variance = rows.square() @ key_spread
         # The largest of n keys holds at most the mass of n: beyond it the logits are not normal.
-        logits.clamp_(max=math.log(block_size))
-        logits += rows @ key_mean
+        half_variance.clamp_(max=math.log(block_size))
+        logits = torch.baddbmm(half_variance.flatten(0, 1), rows.flatten(0, 1), key_mean).view_as(half_variance)
         if key_counts is not None:
             logits += _count_bias(key_counts)[:, None, None, :]
         mass = torch.softmax(logits, dim=-1).view(batch, heads, samples, stop - start, kv_blocks).square_()

@@ -32,13 +32,17 @@ class Samples:
         valid = None if self.valid is None else self.valid[:, :samples]
         return Samples(self.rows[:, :, :samples], valid, None)
 
+    def of_heads(self, heads: slice) -> Samples:
+        return Samples(self.rows[:, heads], self.valid, self.weights)
+
 
 @lru_cache(maxsize=64)
-def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int) -> Tensor:
+def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int, device: str) -> Tensor:
     """int64 [blocks, block_size]: each row the positions of a block in the order in which they are drawn.
 
     The first ``samples`` lie one in each of as many equal runs of the block, so that they cover it, the next ones
-    likewise; which one of a run is random. A block's row depends on the seed, the kind and its index, not on how many blocks there are.
+    likewise; which one of a run is random. A block's row depends on the seed, the kind and its index, not on how many
+    blocks there are.
     """
     rows = []
     for block in range(blocks):
@@ -49,7 +53,7 @@ def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int
         # Turn of each position within its run: the first of every run come first, in random order.
         turn = (run[:, None] == run[None, :]).tril(-1).sum(1)
         rows.append(shuffled[torch.argsort(turn, stable=True)])
-    return torch.stack(rows)
+    return torch.stack(rows).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -58,7 +62,7 @@ def _positions(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Positions int64 [1, blocks, samples], valid and weights for a sequence without padding."""
     blocks = -(-length // block_size)
-    order = _priorities(seed, kind, blocks, block_size, runs)
+    order = _priorities(seed, kind, blocks, block_size, runs, "cpu")
     real = unpadded_positions(length, block_size, torch.device("cpu"))
     positions, valid, weights = _choose(order, real, samples)
     if length % block_size == 0:
@@ -103,7 +107,7 @@ def draw_samples(
     if real is None:
         positions, valid, weights = _positions(seed, kind, length, block_size, runs, samples, str(tokens.device))
     else:
-        drawn = _priorities(seed, kind, blocks, block_size, runs).to(tokens.device)
+        drawn = _priorities(seed, kind, blocks, block_size, runs, str(tokens.device))
         positions, valid, weights = _choose(drawn, real, samples)
     positions = positions.transpose(1, 2).reshape(positions.shape[0], -1).clamp(max=length - 1)
     if order is not None:

@@ -26,6 +26,11 @@ class Spread:
     key_mean: Tensor
     value_mean: Tensor
 
+    def of_heads(self, heads: slice) -> Spread:
+        return Spread(
+            self.key[:, :, heads], self.value[:, :, heads], self.key_mean[:, heads], self.value_mean[:, heads]
+        )
+
 
 def measure_spread(
     key: Tensor, value: Tensor, order: Tensor | None, real: Tensor | None, block_size: int, num_levels: int

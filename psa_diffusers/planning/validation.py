@@ -139,7 +139,7 @@ def check_key_lengths(key_lengths: object, batch: int, length: int, device: torc
         bad = [int(item) for item in key_lengths if not 0 <= int(item) <= length]
         if bad:
             raise ValueError(f"key_lengths must lie within 0 to {length}, the number of keys, but holds {bad[0]}.")
-    return key_lengths.to(device=device, dtype=torch.int64).clamp(0, length)
+    return key_lengths.to(device=device, dtype=torch.int64, non_blocking=True).clamp(0, length)
 
 
 def check_scale(scale: object, head_dim: int) -> float:

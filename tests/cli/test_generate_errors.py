@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from psa_diffusers.cli import generation, pipeline
+from psa_diffusers.cli import generation, machine, pipeline
 from psa_diffusers.config import PSAConfig
 
 PROMPT = ("--prompt", "a red circle")
@@ -150,7 +150,7 @@ def test_a_dtype_that_the_device_does_not_compute(refused, monkeypatch):
     def unsupported(dtype, device):
         raise RuntimeError("not implemented for 'Half'")
 
-    monkeypatch.setattr(pipeline, "_try_dtype", unsupported)
+    monkeypatch.setattr(machine, "_try_dtype", unsupported)
     assert "use --dtype float32" in refused(*PROMPT, "--dtype", "float16", "--device", "cpu")
 
 

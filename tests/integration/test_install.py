@@ -54,6 +54,7 @@ def test_the_one_line_does_the_same_as_enable(recorder):
     by_processor = generate(pipe)
     calls, recorder.calls = recorder.calls, []
     assert psa_statistics(pipe).sparse_calls == 3 * 2 * LAYERS
+    assert psa_statistics(pipe).dense_reasons == {"dense warm-up": 2 * LAYERS}  # cross-attention is not counted
     disable_psa(pipe)
     assert traces(pipe.transformer) == before
     assert torch.equal(generate(enable_psa(pipe, tiny_config())), by_processor)
@@ -207,6 +208,33 @@ def test_unknown_transformers_stay_dense_with_a_warning(caplog):
     pipe.components = {"unet": torch.nn.Linear(2, 2)}
     with pytest.raises(ValueError, match="has no video transformer"):
         enable_psa(pipe)
+
+
+def test_processors_replaced_later_are_reported_once(recorder, caplog):
+    pipe = enable_psa(pipeline(), tiny_config())
+    generate(pipe)
+    assert caplog.text == ""
+    pipe.transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+    recorder.calls.clear()
+    generate(pipe, guidance_scale=1.0)
+    assert recorder.calls == ["dense", "dense"] + ["sparse", "dense"] * 3
+    assert caplog.text.count("PSA no longer runs in 1 attention modules (blocks.1.attn1, ...)") == 1
+    pipe.transformer.set_attn_processor(WanAttnProcessor())
+    generate(pipe)
+    generate(pipe)
+    assert caplog.text.count("PSA no longer runs in 1 attention modules (blocks.0.attn1, ...)") == 1
+    recorder.calls.clear()
+    generate(enable_psa(pipe, tiny_config()))
+    assert recorder.steps(2 * LAYERS) == "dsss"
+
+
+def test_one_expert_alone(recorder):
+    pipe = pipeline("experts")
+    pipe.transformer_2.set_attn_processor(PSAProcessor(pipe, tiny_config()))
+    generate(pipe, steps=8)
+    assert recorder.calls.count("sparse") == psa_statistics(pipe).sparse_calls > 0
+    (first, total, kind), *_ = psa_statistics(pipe).steps
+    assert first >= 2 and total == 8 and kind == "sparse"
 
 
 def test_a_subclass_of_a_known_transformer_is_known(recorder):

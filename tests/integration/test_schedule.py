@@ -215,6 +215,25 @@ def test_clock_counts_the_tail_that_runs(count):
     assert steps == [Step(0, 3), Step(1, 3), Step(2, 3)]
 
 
+def test_clock_does_not_believe_a_length_that_the_position_contradicts():
+    """Some pipelines count steps, not timesteps: with a scheduler of second order the run is longer."""
+    timesteps = torch.arange(1000, 0, -100)
+    clock, pipe = StepClock(), Pipe(timesteps, 6)
+    steps = []
+    for timestep in timesteps[1:]:
+        pipe._current_timestep = timestep
+        steps.append(clock.locate(pipe, None)[0])
+    assert steps == [Step(index, 9) for index in range(9)]
+
+
+def test_clock_starting_late_still_counts_the_whole_run():
+    """The second expert alone is sparse: its processor sees no step before the middle of the run."""
+    timesteps = torch.arange(1000, 0, -100)
+    clock, pipe = StepClock(), Pipe(timesteps, 10)
+    pipe._current_timestep = timesteps[6]
+    assert clock.locate(pipe, None) == (Step(6, 10), True)
+
+
 @pytest.mark.parametrize("value", [600, 600.0, torch.tensor(600.0), torch.tensor([600]).bfloat16(), torch.tensor(601)])
 def test_clock_finds_a_copied_timestep_by_value(value):
     clock, pipe = StepClock(), Pipe(torch.tensor([900.0, 600.0, 300.0]), 3)

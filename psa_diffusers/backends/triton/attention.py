@@ -8,14 +8,14 @@ from torch import Tensor
 
 from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
-from .pyramid import Pyramid
+from .pyramid import Pyramid, strided_pointers
 from .read_lists import ReadLists
 from .tiles import attention_tile, padded_head_dim
 
 
 @triton.jit
 def _level_bounds(counts, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Where each level after the first starts: among the flat rows to read, and in the block list; and the row count."""
+    """Where each level after the first starts, among the rows to read and in the block list; and how many rows."""
     row_starts = ()
     list_starts = ()
     flat_row = 0
@@ -128,9 +128,9 @@ def attention_kernel(
     if order is not None:
         token = tl.load(order + position, mask=is_query, other=0)
     query_mask = is_query[:, None] & (channel < HEAD_DIM)[None, :]
-    query += batch * query_strides[0] + head * query_strides[2]
-    queries = query + token[:, None] * query_strides[1] + channel[None, :] * query_strides[3]
-    query_tile = tl.load(queries, mask=query_mask, other=0.0)  # [BM, BD]
+    query_tile = tl.load(
+        strided_pointers(query, query_strides, batch, head, token, channel), mask=query_mask, other=0.0
+    )  # [BM, BD]
 
     base = (batch * heads + head) * (empty_row + 1) * HEAD_DIM
     packed_key += base
@@ -176,8 +176,7 @@ def attention_kernel(
 
     is_empty = running_sum == 0.0
     accumulator = accumulator / tl.where(is_empty, 1.0, running_sum)[:, None]
-    out += batch * out_strides[0] + head * out_strides[2]
-    outputs = out + token[:, None] * out_strides[1] + channel[None, :] * out_strides[3]
+    outputs = strided_pointers(out, out_strides, batch, head, token, channel)
     tl.store(outputs, accumulator.to(out.dtype.element_ty), mask=query_mask)
     if lse is not None:
         row_lse = tl.where(is_empty, float("-inf"), (running_max + tl.log2(running_sum)) / LOG2E)

@@ -1,7 +1,8 @@
-"""Compiles the kernels for GPUs that are not there, and reads registers, spills, shared memory and matrix units off them."""
+"""Compiles the kernels for GPUs that are not there; reads off registers, spills, shared memory and matrix units."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -57,12 +58,18 @@ class Case:
     query_block_size: int = 128
     kv_block_size: int = 64
     num_levels: int = 4
+    length: int = 4680  # queries and keys
+    heads: int = 12
+    is_plain: bool = False  # raster order, no padding, no lse
 
     @property
     def is_required(self) -> bool:
-        """Part of the set in which a spill, or too much shared memory, is a failure."""
+        """Part of the set in which a problem is a failure, rather than something to know."""
+        if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
+            return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
-        return self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS and not self.kernel.endswith("variance")
+        is_core = self.kernel in ("attention", "pyramid")
+        return self.kernel == "read_lists" or (is_core and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS)
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,66 @@ class Resources:
     matrix_unit: str  # "wgmma", "tcgen05", "mma.sync", "mfma"; "none"
     num_warps: int
     num_stages: int
+    tile: str  # "128x64": queries x rows, or rows x channels
 
-    def problem(self, target: str) -> str | None:
-        """Why this cannot run well, or at all, on the target; None if it can."""
-        limit = SHARED_MEMORY_LIMITS[target]
+    def problem(self, case: Case) -> str:
+        """Why this cannot run well, or at all, on the case's target; empty if it can."""
+        limit = SHARED_MEMORY_LIMITS[case.target]
         if self.shared_memory > limit:
-            return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {target}"
-        return f"spills {self.spilled}" if self.spilled else None
+            return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
+        if self.spilled:
+            return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
+        is_half = case.kernel.startswith("attention") and case.dtype != "fp32"
+        if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
+            return f"uses {self.matrix_unit}, not wgmma"
+        return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of ``scripts/compile_report.py``: a case, its resources, and what is wrong with them."""
+
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    blocks: str
+    required: bool
+    tile: str = ""
+    num_warps: int = 0
+    num_stages: int = 0
+    registers: int = 0
+    spilled: int = 0
+    shared_memory: int = 0
+    matrix_unit: str = ""
+    problem: str = ""
+
+
+def report_cases() -> list[Case]:
+    """Every kernel for every target: the required cases, and the ends of what else is supported."""
+    cases = []
+    for target in TARGETS:
+        cases.append(Case("read_lists", target, "bf16", 64))
+        for kernel in ("attention", "pyramid"):
+            cases += [Case(kernel, target, "fp16", head_dim) for head_dim in (64, 96, 128)]
+            cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
+            cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
+            cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
+        for head_dim in (64, 128):
+            cases += [Case("attention", target, "bf16", head_dim, query_block_size=size) for size in (16, 32, 64, 256)]
+            cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 1024)]
+    return cases
+
+
+def report_case(case: Case) -> Report:
+    """Compiles a case and describes the outcome; a compiler's error becomes the problem."""
+    blocks = f"{case.query_block_size}x{case.kv_block_size}x{case.num_levels}"
+    known = (case.kernel, case.target, case.dtype, case.head_dim, blocks, case.is_required)
+    try:
+        resources = compile_case(case)
+    except Exception as error:
+        return Report(*known, problem=f"does not compile: {type(error).__name__}: {error}".splitlines()[0])
+    return Report(*known, **dataclasses.asdict(resources), problem=resources.problem(case))
 
 
 def compile_case(case: Case) -> Resources:
@@ -93,11 +153,7 @@ def compile_case(case: Case) -> Resources:
     launch = launch_of(case)
     if not hasattr(launch.kernel, "cache_key"):
         raise RuntimeError("compile_case: kernels imported under TRITON_INTERPRET=1 cannot be compiled; unset it.")
-    compiled = triton.compile(
-        source_of(launch),
-        target=gpu_target(case.target),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
+    compiled = triton.compile(source_of(launch), target=gpu_target(case.target), options=launch.options)
     registers, spilled = _amd_registers(compiled) if "amdgcn" in compiled.asm else _nvidia_registers(compiled)
     return Resources(
         registers=registers,
@@ -106,29 +162,29 @@ def compile_case(case: Case) -> Resources:
         matrix_unit=_matrix_unit(compiled.asm.get("ptx") or compiled.asm["amdgcn"]),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        tile=_tile_of(launch),
     )
 
 
 def launch_of(case: Case) -> KernelLaunch:
     """The launch that the backend makes for a case, over tensors without memory."""
     dtype = next(dtype for dtype, name in TYPE_NAMES.items() if name == case.dtype)
-    batch, length, heads = 2, 4680, 12
-    query = torch.empty(batch, length, heads, case.head_dim, dtype=dtype, device="meta")
-    layout = PyramidLayout(triton.cdiv(length, case.kv_block_size), case.kv_block_size, case.num_levels)
+    query = torch.empty(2, case.length, case.heads, case.head_dim, dtype=dtype, device="meta")
+    layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
     pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("variance"))
-    order = torch.empty(length, dtype=torch.int64, device="meta")
+    order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
-        key_lengths = torch.empty(batch, dtype=torch.int64, device="meta")
+        key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
-    query_blocks = triton.cdiv(length, case.query_block_size)
-    level_mask = torch.empty(batch, heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
+    query_blocks = triton.cdiv(case.length, case.query_block_size)
+    level_mask = torch.empty(2, case.heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
     lists, lengths = empty_read_lists(level_mask, case.num_levels)
     if case.kernel == "read_lists":
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
     return attention_launch(
         query,
         torch.empty_like(query),
-        torch.empty(batch, heads, length, device="meta"),
+        None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta"),
         pyramid,
         lists,
         layout,
@@ -137,6 +193,15 @@ def launch_of(case: Case) -> KernelLaunch:
         scale=case.head_dim**-0.5,
         target=case.target,
     )
+
+
+def _tile_of(launch: KernelLaunch) -> str:
+    sizes = [
+        launch.arguments[name]
+        for name in ("BLOCK_M", "BLOCK_N", "KV_BLOCK", "BLOCK_D", "CHUNK")
+        if name in launch.arguments
+    ]
+    return "x".join(str(size) for size in sizes[:2])
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -199,7 +264,7 @@ def _matrix_unit(assembly: str) -> str:
 
 
 def _nvidia_registers(compiled) -> tuple[int, int]:
-    """(registers, bytes of stack) a thread. The kernels have no local arrays, so that any stack is spilled registers."""
+    """(registers, bytes of stack) a thread. The kernels have no local arrays: any stack is spilled registers."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

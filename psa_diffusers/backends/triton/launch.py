@@ -11,11 +11,13 @@ from ...planning.plan import Plan
 from .attention import attention_launch
 from .layout import PyramidLayout
 from .pyramid import build_pyramid
-from .read_lists import read_lists
+from .read_lists import ReadLists, read_lists
 from .tiles import target_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
+MAX_KV_BLOCK_SIZE = 1024  # one program of the pyramid kernel holds a block
 
 
 def attend_triton(
@@ -50,43 +52,85 @@ def attend_triton(
     """
     if obstacle := why_unsupported(query, plan):
         raise ValueError(f"attend_triton: {obstacle}; use backend='torch' or backend='reference'.")
-    device = query.device
-    order = None if plan.order is None else plan.order.to(device)
-    key_lengths = None if plan.key_lengths is None else plan.key_lengths.to(device)
-    layout = PyramidLayout(plan.kv_blocks, plan.kv_block_size, plan.num_levels)
-    with_variance = logit_correction == "variance"
-    lists = read_lists(plan, device)
+    lists = read_lists(plan, query.device)
+    out, lse = launch_attention(
+        query,
+        key,
+        value,
+        *lists,
+        None if plan.order is None else plan.order.to(query.device),
+        None if plan.key_lengths is None else plan.key_lengths.to(query.device),
+        [plan.query_block_size, plan.kv_block_size, plan.num_levels],
+        scale,
+        logit_correction == "variance",
+        return_lse,
+    )
+    return out, lse if return_lse else None
+
+
+@torch.library.custom_op("psa_diffusers::attend_triton", mutates_args=())
+def launch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    counts: Tensor,
+    launch_order: Tensor,
+    order: Tensor | None,
+    key_lengths: Tensor | None,
+    block_sizes: list[int],
+    scale: float,
+    with_variance: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend_triton` as one operation of a compiled graph: tensors and numbers in, tensors out.
+
+    ``block_sizes`` are query_block_size, kv_block_size and num_levels; an lse that is not asked for is empty.
+    """
+    query_block_size, kv_block_size, num_levels = block_sizes
+    layout = PyramidLayout(blocks.shape[1], kv_block_size, num_levels)
     pyramid = build_pyramid(key, value, layout, order=order, key_lengths=key_lengths, with_variance=with_variance)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    batch, query_length, heads, _ = query.shape
-    lse = query.new_empty(batch, heads, query_length, dtype=torch.float32) if return_lse else None
+    out, lse = _empty_result(query, return_lse)
     attention_launch(
         query,
         out,
-        lse,
+        lse if return_lse else None,
         pyramid,
-        lists,
+        ReadLists(blocks, counts, launch_order),
         layout,
-        query_block_size=plan.query_block_size,
+        query_block_size=query_block_size,
         order=order,
         scale=scale,
-        target=target_of(device),
+        target=target_of(query.device),
     ).run()
     return out, lse
 
 
+@launch_attention.register_fake
+def _(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    return _empty_result(query, return_lse=bool(arguments[-1]))
+
+
+def _empty_result(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, query_length, heads, _ = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty((batch, heads, query_length) if return_lse else 0, dtype=torch.float32)
+
+
 def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
     """Why these kernels cannot compute this, as a clause for a message; None if they can."""
-    if query.device.type != "cuda" and not (query.device.type == "cpu" and _is_interpreted()):
+    if query.device.type != "cuda" and not (query.device.type == "cpu" and INTERPRETED):
         return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
+    if query.device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_properties(query.device)
+        if capability.major < 8:
+            return f"the GPU must have compute capability 8.0 or newer, but has {capability.major}.{capability.minor}"
     if query.dtype not in DTYPES:
         return f"dtype must be float32, float16 or bfloat16, but is {query.dtype}"
-    if query.dtype == torch.bfloat16 and _is_interpreted():
+    if query.dtype == torch.bfloat16 and INTERPRETED:
         return "Triton's interpreter does not compute in bfloat16"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, but is {query.shape[-1]}"
+    if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
+        return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
     return None
-
-
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -26,10 +26,15 @@ class Pyramid(NamedTuple):
 
 
 @triton.jit
+def strided_pointers(base, strides, batch, head, token, channel):
+    """Where tokens of one head lie in a [batch, seq, heads, head_dim] tensor of any strides, [tokens, channels]."""
+    base += batch * strides[0] + head * strides[2]
+    return base + token[:, None] * strides[1] + channel.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
 def _load_rows(base, strides, batch, head, token, real, channel, HEAD_DIM: tl.constexpr):
-    pointers = (
-        base + batch * strides[0] + head * strides[2] + token[:, None] * strides[1] + channel[None, :] * strides[3]
-    )
+    pointers = strided_pointers(base, strides, batch, head, token, channel)  # [KV_BLOCK, BD]
     return tl.load(pointers, mask=real[:, None] & (channel < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
 
 
@@ -203,7 +208,7 @@ def pyramid_launch(
 ) -> KernelLaunch:
     """The launch that fills ``pyramid``."""
     batch, key_length, heads, head_dim = key.shape
-    tile = pyramid_tile(layout.kv_block_size, head_dim)
+    tile = pyramid_tile(layout.kv_block_size, head_dim, pyramid.variance is not None)
     arguments = {
         "key": key,
         "value": value,

@@ -56,23 +56,28 @@ def read_lists(plan: Plan, device: torch.device) -> ReadLists:
     Rows of one head are neighbours in the launch order, so that its keys and values stay in the L2 cache; the longest
     come first, so that the last to run are short and no processor is left alone with a long one.
     """
-    cached = plan.cache.get(("triton", device))
-    if cached is None:
-        cached = plan.cache[("triton", device)] = make_read_lists(
-            plan.level_mask.to(device), plan.num_levels, plan.kv_block_size
-        )
-    return cached
+    lists = plan.cache.get(("triton", device))
+    if lists is None:
+        lists = ReadLists(*make_read_lists(plan.level_mask.to(device), plan.num_levels, plan.kv_block_size))
+        plan.cache[("triton", device)] = lists
+    return lists
 
 
-def make_read_lists(level_mask: Tensor, num_levels: int, kv_block_size: int) -> ReadLists:
-    """As :func:`read_lists`, from an int8 level mask [batch, heads, query_blocks, kv_blocks]."""
+@torch.library.custom_op("psa_diffusers::make_read_lists", mutates_args=())
+def make_read_lists(level_mask: Tensor, num_levels: int, kv_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of :class:`ReadLists`, from an int8 level mask [batch, heads, query_blocks, kv_blocks]."""
     query_blocks = level_mask.shape[2]
     lists, lengths = empty_read_lists(level_mask, num_levels)
     read_lists_launch(level_mask.contiguous(), lists, lengths, kv_block_size).run()
     within_head = lengths.view(-1, query_blocks).argsort(dim=1, descending=True, stable=True)
     first_of_head = torch.arange(0, len(lengths), query_blocks, device=level_mask.device)[:, None]
     torch.add(within_head, first_of_head, out=lists.launch_order.view_as(within_head))
-    return lists
+    return tuple(lists)
+
+
+@make_read_lists.register_fake
+def _(level_mask: Tensor, num_levels: int, kv_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(empty_read_lists(level_mask, num_levels)[0])
 
 
 def empty_read_lists(level_mask: Tensor, num_levels: int) -> tuple[ReadLists, Tensor]:
@@ -81,7 +86,8 @@ def empty_read_lists(level_mask: Tensor, num_levels: int) -> tuple[ReadLists, Te
     index_dtype = torch.int16 if kv_blocks <= torch.iinfo(torch.int16).max else torch.int32
     blocks = level_mask.new_empty(rows, kv_blocks, dtype=index_dtype)
     counts = level_mask.new_empty(rows, num_levels + 1, dtype=torch.int32)
-    launch_order, lengths = level_mask.new_empty(2, rows, dtype=torch.int32)
+    launch_order = level_mask.new_empty(rows, dtype=torch.int32)
+    lengths = torch.empty_like(launch_order)
     return ReadLists(blocks, counts, launch_order), lengths
 
 

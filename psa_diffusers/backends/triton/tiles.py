@@ -48,7 +48,7 @@ def attention_tile(
 
 
 def _shorter(tile: AttentionTile, block_m: int, target: str) -> AttentionTile:
-    """The tile for query blocks below its height: half the warps, and half the rows where registers hold the operands."""
+    """The tile for query blocks below its height: half the warps; half the rows where registers hold the operands."""
     block_n = tile.block_n if _has_large_shared_memory(target) else max(16, tile.block_n // 2)
     return replace(tile, block_m=block_m, block_n=block_n, num_warps=4)
 
@@ -65,6 +65,8 @@ def _amd_tile(width: int, with_variance: bool) -> AttentionTile:
 
 
 def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
+    if width > 128 and with_variance:
+        return AttentionTile(64, 16, 8, 2)
     if width > 128:
         return AttentionTile(128 if _has_large_shared_memory(target) else 64, 32, 8, 2)
     if with_variance and not _has_large_shared_memory(target):
@@ -72,10 +74,10 @@ def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
     return AttentionTile(128, 64, 8, 3)
 
 
-def pyramid_tile(kv_block_size: int, head_dim: int) -> PyramidTile:
-    """At most 8192 numbers a program (64 registers a thread), so that no target spills; channels are independent."""
-    width = min(padded_head_dim(head_dim), max(16, 8192 // kv_block_size))
-    return PyramidTile(width, num_warps=4)
+def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False) -> PyramidTile:
+    """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
+    numbers = 4096 if with_variance else 8192
+    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
 
 
 def padded_head_dim(head_dim: int) -> int:

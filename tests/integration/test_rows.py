@@ -1,0 +1,134 @@
+"""Another model comes by a row of the table: here one with text before the video, and attention of the older kind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, psa_statistics, tokens
+from psa_diffusers.integration.tokens import ModelRow, TokenLayout, block_index, find_row, patched_grid
+
+from .tiny_wan import tiny_config, transformer
+
+TEXT = 5
+
+
+class JointAttnProcessor:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotation=None):
+        joint = torch.cat([encoder_hidden_states, hidden_states], 1)
+        query, key, value = (
+            layer(joint).unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if rotation is not None:
+            query, key = query * rotation, key * rotation
+        joint = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=0.0)
+        return attn.to_out[0](joint.transpose(1, 2).flatten(2))
+
+
+class JointTransformer(nn.Module, ConfigMixin):
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, patch_size=(1, 1, 1)):
+        super().__init__()
+        layers = [Attention(8, heads=2, dim_head=4, processor=JointAttnProcessor()) for _ in range(2)]
+        self.blocks = nn.ModuleList(layers)
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        video = hidden_states.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            rotation = torch.linspace(0.5, 1.5, TEXT + video.shape[1])[:, None]
+            video = block(video, encoder_hidden_states=encoder_hidden_states, rotation=rotation)[:, TEXT:]
+        return video
+
+
+def joint_layout(model, arguments):
+    grid = patched_grid(arguments["hidden_states"].shape, model.config.patch_size)
+    text = arguments["encoder_hidden_states"].shape[1]
+    return TokenLayout(grid, full_tokens=slice(0, text), extra_tokens=text)
+
+
+ROW = ModelRow(("JointTransformer",), ("JointAttnProcessor",), lambda name, module: True, joint_layout, block_index)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(tokens, "ROWS", (*tokens.ROWS, ROW))
+    torch.manual_seed(0)
+    return JointTransformer().eval()
+
+
+@torch.no_grad()
+def forward(model):
+    generator = torch.Generator().manual_seed(0)
+    return model(
+        torch.randn(1, 8, 3, 4, 5, generator=generator),
+        timestep=torch.tensor([1]),
+        encoder_hidden_states=torch.randn(1, TEXT, 8, generator=generator),
+    )
+
+
+def test_a_row_is_all_that_a_model_needs(model, recorder):
+    native = forward(model)
+    enable_psa(model, tiny_config(dense_warmup=0.0))
+    with model.blocks[0].processor.step(0, 1):
+        torch.testing.assert_close(forward(model), native, rtol=1e-5, atol=1e-6)
+    assert recorder.calls == ["sparse"] * 2
+    assert recorder.plans[0]["shape"] == (1, TEXT + 60, 2, 4)
+    assert recorder.plans[0]["full_tokens"] == slice(0, TEXT) and recorder.plans[0]["grid"] == (3, 4, 5)
+    assert torch.equal(forward(disable_psa(model)), native)
+
+
+def test_text_is_at_full_resolution_in_the_plan(model, monkeypatch):
+    from psa_diffusers.integration import operations
+
+    plans, build_plan = [], operations.build_plan
+
+    def kept(*args, **options):
+        plans.append(build_plan(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(operations, "build_plan", kept)
+    enable_psa(model, tiny_config(dense_warmup=0.0, compute_budget=0.5, backend="reference"))
+    with model.blocks[0].processor.step(0, 1):
+        forward(model)
+    assert plans[0].order[-TEXT:].tolist() == list(range(TEXT))
+    assert (plans[0].level_mask[..., -2:] == 1).all() and (plans[0].level_mask[:, :, -1] == 1).all()
+    assert psa_statistics(model).compute_budget_sparse < 1
+
+
+def test_the_older_attention_passes_on_the_natives_arguments(model, recorder):
+    """It filters arguments by the processor's signature: without it the rotation would be lost without a word."""
+    native = forward(model)
+    enable_psa(model, tiny_config(dense_warmup=1.0))
+    with model.blocks[0].processor.step(0, 1):
+        assert torch.equal(forward(model), native)
+    assert psa_statistics(model).dense_reasons == {"dense warm-up": 2}
+
+
+def test_a_grid_that_is_not_known_stays_dense(model, recorder, monkeypatch):
+    monkeypatch.setattr(tokens, "ROWS", (ModelRow(*list(vars(ROW).values())[:3], lambda *_: None, block_index),))
+    native = forward(model)
+    model_processor = PSAProcessor(model, tiny_config(dense_warmup=0.0))
+    for block in model.blocks:
+        block.set_processor(model_processor)
+    with model_processor.step(0, 1):
+        assert torch.equal(forward(model), native)
+    assert model_processor.statistics.dense_reasons == {"token grid unknown": 2}
+
+
+def test_find_row():
+    assert find_row(transformer()) is tokens.ROWS[0]
+    assert find_row(nn.Linear(1, 1)) is None
+
+
+def test_patched_grid():
+    assert patched_grid(torch.Size([1, 16, 5, 8, 12]), (1, 2, 2)) == (5, 4, 6)
+    assert patched_grid(torch.Size([1, 16, 5]), (1, 2, 2)) is None
+
+
+def test_layout_length():
+    assert TokenLayout((2, 3, 4)).length == 24
+    assert TokenLayout((2, 3, 4), slice(24, 30), 6).length == 30

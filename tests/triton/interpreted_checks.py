@@ -1,0 +1,27 @@
+"""What a test wants to know from inside the interpreter's process."""
+
+import torch
+
+from psa_diffusers.backends.triton import attend_triton
+from tests.backends import conformance
+
+
+def lists_of_two_calls(case: conformance.Case) -> list[int]:
+    """Entries in the plan's cache after one call, and after a second in another dtype."""
+    plan = conformance.make_plan(case)
+    entries = []
+    for dtype in (torch.float32, torch.float16):
+        attend_triton(*(tensor.to(dtype) for tensor in conformance.make_inputs(case)), plan, scale=1.0)
+        entries.append(len(plan.cache))
+    return entries
+
+
+def compiled_attention(case: conformance.Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of the plain call, and of the same call traced into one graph (fullgraph: a break is an error)."""
+    inputs = conformance.make_inputs(case)
+
+    def attend(query, key, value, plan):
+        return attend_triton(query, key, value, plan, scale=1.0, return_lse=True)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    return attend(*inputs, conformance.make_plan(case)), compiled(*inputs, conformance.make_plan(case))

@@ -1,0 +1,131 @@
+"""Every kernel compiles for every target without a GPU, spills nothing, and fits in what the target can launch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from psa_diffusers.backends.triton.inspection import (
+    SHARED_MEMORY_LIMITS,
+    TARGETS,
+    Case,
+    Resources,
+    compile_case,
+    report_cases,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAN = [
+    Case(kernel, target, dtype, 128)
+    for target in TARGETS
+    for kernel, dtype in (("attention", "fp16"), ("attention", "bf16"), ("pyramid", "bf16"), ("read_lists", "bf16"))
+]
+MATRIX_UNITS = {
+    "sm_80": "mma.sync",
+    "sm_89": "mma.sync",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05",
+    "sm_120": "mma.sync",
+    "gfx942": "mfma",
+}
+
+
+def case_id(case: Case) -> str:
+    return f"{case.kernel}-{case.target}-{case.dtype}-{case.head_dim}-{case.query_block_size}x{case.kv_block_size}"
+
+
+@pytest.fixture(autouse=True)
+def compiled_here():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels imported under TRITON_INTERPRET=1 cannot be compiled")
+
+
+@pytest.mark.parametrize("case", LEAN, ids=case_id)
+def test_compiles_without_spills(case):
+    check_required(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in report_cases() if case.is_required], ids=case_id)
+def test_required_cases(case):
+    check_required(case)
+
+
+def check_required(case: Case) -> None:
+    assert case.is_required
+    resources = compile_case(case)
+    assert resources.problem(case) == ""
+    assert resources.spilled == 0
+    assert 0 <= resources.shared_memory <= SHARED_MEMORY_LIMITS[case.target]
+    assert 0 < resources.registers <= (512 if case.target == "gfx942" else 255)
+    if case.kernel == "attention":
+        assert resources.matrix_unit == MATRIX_UNITS[case.target]
+        assert resources.shared_memory > 0
+
+
+@pytest.mark.parametrize("kernel", ["attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists"])
+def test_compiles_for_one_token_of_one_head(kernel):
+    """Triton makes a constant of every argument that is 1: sizes, block counts, strides."""
+    case = Case(kernel, "sm_90", "bf16", 64, num_levels=1, length=1, heads=1, is_plain=True)
+    assert compile_case(case).problem(case) == ""
+
+
+def test_required_set_is_complete():
+    required = {(case.kernel, case.target, case.dtype, case.head_dim) for case in report_cases() if case.is_required}
+    assert required == {
+        *(
+            (kernel, target, dtype, head_dim)
+            for kernel in ("attention", "pyramid")
+            for target in TARGETS
+            for dtype in ("fp16", "bf16")
+            for head_dim in (64, 96, 128)
+        ),
+        *(("read_lists", target, "bf16", 64) for target in TARGETS),
+    }
+
+
+GOOD = {"registers": 200, "spilled": 0, "shared_memory": 90000, "matrix_unit": "wgmma"}
+
+
+@pytest.mark.parametrize(
+    "target, change, problem",
+    [
+        ("sm_90", {}, ""),
+        ("sm_90", {"spilled": 8}, "spills 8 bytes a thread"),
+        ("sm_90", {"matrix_unit": "mma.sync"}, "uses mma.sync, not wgmma"),
+        ("sm_89", {"shared_memory": 101377}, "needs 101377 bytes of shared memory, above the 101376 of sm_89"),
+        ("sm_80", {"matrix_unit": "none"}, "uses no matrix unit"),
+        ("gfx942", {"shared_memory": 65536, "spilled": 3}, "spills 3 registers"),
+    ],
+)
+def test_problems_are_named(target, change, problem):
+    resources = Resources(**{**GOOD, **change}, num_warps=8, num_stages=3, tile="128x64")
+    assert resources.problem(Case("attention", target, "bf16", 128)) == problem
+
+
+def test_spills_are_found():
+    """fp32 products of 256 channels for sm_90, with the variance: known not to fit in registers."""
+    case = Case("attention+variance", "sm_90", "fp32", 128)
+    assert not case.is_required
+    assert compile_case(case).problem(case).startswith("spills ")
+
+
+def test_report_script(tmp_path):
+    """One target, required cases: prints JSON, writes the CSV, exits with 0."""
+    table = tmp_path / "report.csv"
+    arguments = ["--targets", "sm_80", "--required-only", "--json", "--csv", str(table)]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "compile_report.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, run.stderr
+    reports = json.loads(run.stdout)
+    assert len(reports) == 13
+    assert all(report["problem"] == "" and report["registers"] > 0 for report in reports)
+    assert len(table.read_text().splitlines()) == 14

@@ -1,0 +1,128 @@
+"""The kernels on a real device: run with ``pytest -m gpu tests/triton``."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from psa_diffusers.backends.reference import attend_reference
+from psa_diffusers.backends.triton import attend_triton
+from psa_diffusers.planning import Plan
+from tests.backends import conformance
+from tests.backends.conformance import Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WAN = Case(torch.bfloat16, 128, 4680, 4680, query_block_size=128, kv_block_size=64, num_levels=4, order=True)
+
+
+def on_gpu(plan: Plan) -> Plan:
+    moved = {
+        name: None if getattr(plan, name) is None else getattr(plan, name).cuda()
+        for name in ("level_mask", "order", "key_lengths")
+    }
+    return dataclasses.replace(plan, **moved, cache={})
+
+
+def attend_on_gpu(query, key, value, plan, **options):
+    """``attend_triton`` over there, for tensors from here."""
+    out, lse = attend_triton(query.cuda(), key.cuda(), value.cuda(), on_gpu(plan), **options)
+    return out.cpu(), None if lse is None else lse.cpu()
+
+
+@pytest.mark.parametrize("case", conformance.cases(*DTYPES), ids=str)
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_conforms(check, case):
+    check(attend_on_gpu, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", conformance.full_matrix(*DTYPES), ids=str)
+def test_full_matrix(case):
+    conformance.check_random_plans(attend_on_gpu, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("correction", ["none", "variance"])
+def test_agrees_at_the_size_of_a_video(dtype, correction):
+    case = dataclasses.replace(WAN, dtype=dtype)
+    inputs, plan = conformance.make_inputs(case), conformance.make_plan(case)
+    conformance.assert_agrees_with_reference(attend_on_gpu, case, inputs, plan, logit_correction=correction)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "channels apart", "expanded batch"])
+def test_strides_do_not_matter(layout):
+    case = dataclasses.replace(WAN, query_length=500, key_length=500, batch=2)
+    plan = on_gpu(conformance.make_plan(case))
+    inputs = [tensor.cuda() for tensor in conformance.make_inputs(case)]
+    if layout == "heads first":
+        variant = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+    elif layout == "channels apart":
+        variant = [torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0] for tensor in inputs]
+    else:
+        variant = [tensor[:1].expand(2, -1, -1, -1) for tensor in inputs]
+        inputs = [tensor.contiguous() for tensor in variant]
+    expected, expected_lse = attend_triton(*inputs, plan, scale=case.scale, return_lse=True)
+    out, lse = attend_triton(*variant, plan, scale=case.scale, return_lse=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+def test_nothing_waits_for_the_device():
+    inputs = [tensor.cuda() for tensor in conformance.make_inputs(WAN)]
+    plan = on_gpu(conformance.make_plan(WAN))
+    attend_triton(*inputs, plan, scale=WAN.scale)
+    plan.cache.clear()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend_triton(*inputs, plan, scale=WAN.scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_in_a_cuda_graph():
+    inputs = [tensor.cuda() for tensor in conformance.make_inputs(WAN)]
+    plan = on_gpu(conformance.make_plan(WAN))
+    expected, _ = attend_triton(*inputs, plan, scale=WAN.scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = attend_triton(*inputs, plan, scale=WAN.scale)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_fresh_memory_is_not_read():
+    """Buffers are allocated, not cleared: what the allocator's pool held before must not show."""
+    case = dataclasses.replace(WAN, query_length=300, key_length=300)
+    inputs, plan = [tensor.cuda() for tensor in conformance.make_inputs(case)], conformance.make_plan(case)
+    expected, _ = attend_triton(*inputs, on_gpu(plan), scale=case.scale)
+    poison = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(8)]
+    del poison
+    out, _ = attend_triton(*inputs, on_gpu(plan), scale=case.scale)
+    assert torch.equal(out, expected)
+
+
+def test_offsets_beyond_32_bits():
+    """Keys, queries and outputs of more than 2**31 numbers: the last head and the last tokens are still right."""
+    length, heads, head_dim = 131_328, 128, 128
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    query = torch.randn(1, length, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    assert query.numel() > 2**31
+    mask = torch.zeros(1, heads, length // 128, length // 64, dtype=torch.int8, device="cuda")
+    mask[..., -3:] = 1
+    mask[..., 0] = 4
+    plan = Plan(mask, length, length, 128, 64, 4)
+    out, _ = attend_triton(query, query, query, plan, scale=head_dim**-0.5)
+    rows = torch.cat((torch.arange(64), torch.arange(length - 192, length))).cuda()
+    part = query[:, rows, -1:]
+    small = torch.zeros(1, 1, 1, 4, dtype=torch.int8, device="cuda")
+    small[..., 0], small[..., 1:] = 4, 1
+    tail = part[:, -128:]
+    expected, _ = attend_reference(tail, part, part, Plan(small, 128, 256, 128, 64, 4), scale=head_dim**-0.5)
+    torch.testing.assert_close(out[:, -128:, -1:], expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,40 @@
+"""What the backend refuses, and how it says so."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from psa_diffusers.backends.triton import attend_triton, why_unsupported
+from tests.backends import conformance
+from tests.backends.conformance import Case
+
+CASE = Case(torch.float32, 16, 20, 20, query_block_size=16, kv_block_size=16, num_levels=2, heads=1)
+
+
+def attend(attend_function, case: Case):
+    return attend_function(*conformance.make_inputs(case), conformance.make_plan(case), scale=1.0)
+
+
+def test_cpu_tensors_need_the_interpreter():
+    with pytest.raises(ValueError, match=r"attend_triton: the tensors are on cpu, not on a CUDA or ROCm GPU; use"):
+        attend(attend_triton, CASE)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, but is torch.float64"),
+        ({"dtype": torch.bfloat16}, "interpreter does not compute in bfloat16"),
+        ({"head_dim": 257}, "head_dim must be at most 256, but is 257"),
+        ({"kv_block_size": 2048}, "kv_block_size must be at most 1024, but is 2048"),
+    ],
+)
+def test_unsupported_inputs(interpreter, change, message):
+    with pytest.raises(ValueError, match=message):
+        attend(interpreter.attend, dataclasses.replace(CASE, **change))
+
+
+def test_why_unsupported_is_a_clause():
+    obstacle = why_unsupported(torch.empty(1, 4, 1, 16))
+    assert obstacle == "the tensors are on cpu, not on a CUDA or ROCm GPU"
