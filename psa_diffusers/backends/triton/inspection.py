@@ -33,6 +33,7 @@ SHARED_MEMORY_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
+KERNELS = ("attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists")
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -51,8 +52,8 @@ TYPE_NAMES = {
 class Case:
     """A kernel as the backend launches it, for one target, dtype and head dim."""
 
-    kernel: str  # "attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists"
-    target: str
+    kernel: str  # one of KERNELS
+    target: str  # one of TARGETS
     dtype: str  # "fp16", "bf16", "fp32"
     head_dim: int
     query_block_size: int = 128
