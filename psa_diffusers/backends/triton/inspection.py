@@ -83,7 +83,7 @@ class Resources:
     matrix_unit: str  # "wgmma", "tcgen05", "mma.sync", "mfma"; "none"
     num_warps: int
     num_stages: int
-    tile: str  # "128x64": queries x rows, or rows x channels
+    tile: str  # "128x64": queries x rows (attention), tokens x channels (pyramid), entries (read_lists)
 
     def problem(self, case: Case) -> str:
         """Why this cannot run well, or at all, on the case's target; empty if it can."""
@@ -115,6 +115,7 @@ class Report:
     spilled: int = 0
     shared_memory: int = 0
     matrix_unit: str = ""
+    triton: str = triton.__version__
     problem: str = ""
 
 
@@ -197,12 +198,9 @@ def launch_of(case: Case) -> KernelLaunch:
 
 
 def _tile_of(launch: KernelLaunch) -> str:
-    sizes = [
-        launch.arguments[name]
-        for name in ("BLOCK_M", "BLOCK_N", "KV_BLOCK", "BLOCK_D", "CHUNK")
-        if name in launch.arguments
-    ]
-    return "x".join(str(size) for size in sizes[:2])
+    shapes = (("BLOCK_M", "BLOCK_N"), ("CHUNK",), ("KV_BLOCK", "BLOCK_D"))
+    names = next(names for names in shapes if set(names) <= set(launch.arguments))
+    return "x".join(str(launch.arguments[name]) for name in names)
 
 
 def gpu_target(name: str) -> GPUTarget:
