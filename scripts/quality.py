@@ -2,7 +2,9 @@
 
 For every prompt one dense video and one for each method and budget, all from the same noise, with the same dense
 kernel and the same dense warm-up; PSNR and SSIM are against the dense video. Methods share importance, order and blocks
-(those of the default config); the factor that brings a method to a budget is found on other prompts.
+(those of the default config). The default rule takes the budget as a setting. Each other method keeps its published
+settings but for one factor, which brings its plans to that budget on the attention calls of the default's run for the
+same prompt; nothing is tuned for quality. Where shares of a row jump over the budget, the method gets the more.
 
 Example: python scripts/quality.py --output benchmarks/quality
 
@@ -32,7 +34,7 @@ from psa_diffusers.cli.generation import resolve_settings
 from psa_diffusers.cli.settings import GenerationSettings
 from psa_diffusers.metrics import psnr, ssim
 from psa_diffusers.metrics.video_io import whole_file
-from psa_diffusers.report.equal_budget import BUDGET_RULE, METHODS, calibrate
+from psa_diffusers.report.equal_budget import BUDGET_RULE, METHODS, SCALED, calibrate
 
 PROMPTS = Path(__file__).parent / "demo_model" / "eval_prompts.txt"
 COLUMNS = ("prompt", "seed", "method", "budget", "achieved", "achieved_all", "psnr", "ssim", "seconds", "config")
@@ -56,16 +58,16 @@ class Experiment:
         return generate(self.pipe, prompt, settings, sparse=config is not None, quiet=self.quiet)
 
 
-def read_prompts(path: Path, count: int, tuning: int) -> tuple[list[str], list[str]]:
-    """The first ``count`` prompts, to report, and the last ``tuning`` ones, to calibrate on."""
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The first ``count`` prompts; of a line with tabs the last column."""
     lines = [line.split("\t")[-1] for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
-    if len(lines) < count + tuning:
-        raise typer.BadParameter(f"{path} holds {len(lines)} prompts, but {count} + {tuning} are needed.")
-    return lines[:count], lines[len(lines) - tuning :]
+    if len(lines) < count:
+        raise typer.BadParameter(f"{path} holds {len(lines)} prompts, but {count} are needed.")
+    return lines[:count]
 
 
-def record_calls(experiment: Experiment, prompts: list[str], every: int) -> list:
-    """One default run a prompt; of its attention calls every ``every``-th, as functions config -> compute budget."""
+def record_calls(experiment: Experiment, prompt: str, every: int) -> list:
+    """One default run; of its attention calls every ``every``-th, as functions config -> compute budget."""
     from psa_diffusers.integration import operations
 
     calls, counter, real = [], 0, operations.build_plan
@@ -80,26 +82,25 @@ def record_calls(experiment: Experiment, prompts: list[str], every: int) -> list
 
     operations.build_plan = recording
     try:
-        for prompt in prompts:
-            experiment.run(prompt, experiment.settings.config)
+        experiment.run(prompt, experiment.settings.config)
     finally:
         operations.build_plan = real
     return calls
 
 
-def calibrated(experiment: Experiment, prompts: list[str], wanted: list[tuple[str, float]], every: int) -> dict:
-    """{(method, budget): config} for those wanted; kept in calibration.json, since finding them takes minutes."""
-    file = experiment.folder / "calibration.json"
-    key = {"settings": experiment.settings.to_dict(), "prompts": prompts, "every": every}
-    kept = json.loads(file.read_text()) if file.is_file() else {}
-    found = kept.get("found", {}) if kept.get("key") == key else {}
+def calibrated(experiment: Experiment, prompt: str, wanted: list[tuple[str, float]], every: int) -> dict:
+    """{(method, budget): config} for a prompt; kept on disk, since finding them takes a minute."""
+    identity = json.dumps({"prompt": prompt, "every": every, **experiment.settings.to_dict()}, sort_keys=True)
+    file = experiment.folder / "calibration" / f"{run_record.digest(identity)}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.is_file() else {}
     missing = [(method, budget) for method, budget in wanted if f"{method} @ {budget}" not in found]
-    calls = record_calls(experiment, prompts, every) if missing else []
+    calls = record_calls(experiment, prompt, every) if any(method in SCALED for method, _ in missing) else []
     for method, budget in missing:
         config = calibrate(method, budget, experiment.settings.config, calls)
         found[f"{method} @ {budget}"] = config.to_dict()
         experiment.say(f"{method} @ {budget}: {config.level_thresholds or config.level_fractions or ''}")
-    run_record.write_json(file, {"key": key, "found": found})
+    run_record.write_json(file, found)
     return {(method, budget): PSAConfig.from_dict(found[f"{method} @ {budget}"]) for method, budget in wanted}
 
 
@@ -186,8 +187,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="Model; default the bundled one.")] = None,
     prompts_file: Annotated[Path, typer.Option(help="Prompts, one a line (last column).")] = PROMPTS,
     limit: Annotated[int, typer.Option(help="Prompts to report.")] = 8,
-    tuning: Annotated[int, typer.Option(help="Other prompts, to find the factors on.")] = 2,
-    every: Annotated[int, typer.Option(help="Of the tuning runs' attention calls use one in this many.")] = 7,
+    every: Annotated[int, typer.Option(help="To find the factors use one attention call in this many.")] = 7,
     budget: Annotated[list[float] | None, typer.Option(help="Compute budgets. Default 0.15 and 0.25.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Methods. Default all.")] = None,
     steps: Annotated[int | None, typer.Option()] = None,
@@ -207,39 +207,38 @@ def main(
     base = PSAConfig.load(config) if config else PSAConfig()
     settings = resolve_settings(source, base, video, (device, dtype, "none"), seed)
     budgets, methods = budget or [0.15, 0.25], method or list(METHODS)
-    prompts, tuning_prompts = read_prompts(prompts_file, limit, tuning)
+    prompts = read_prompts(prompts_file, limit)
     output.mkdir(parents=True, exist_ok=True)
     pipe = pipeline.load_pipeline(source, settings.dtype, settings.device)
     experiment = Experiment(pipe, settings, output, quiet)
-    configs = calibrated(experiment, tuning_prompts, [(name, at) for at in budgets for name in methods], every)
-    rows = measure_all(experiment, prompts, configs)
+    rows = measure_all(experiment, prompts, [(name, at) for at in budgets for name in methods], every)
     table = summarise(rows, methods, budgets)
     command = shlex.join(["python", *sys.argv])
-    facts = {"table": table, "settings": settings.to_dict(), "prompts": prompts, "tuning_prompts": tuning_prompts}
-    facts["configs"] = {f"{name} @ {at:g}": value.to_dict() for (name, at), value in configs.items()}
-    facts["model"] = source.identity()
+    facts = {"table": table, "settings": settings.to_dict(), "prompts": prompts, "model": source.identity()}
     run_record.write_json(output / "quality.json", {**facts, **run_record.describe_environment(settings, command)})
     (output / "quality.md").write_text(markdown(table))
     print(markdown(table))
 
 
-def measure_all(experiment: Experiment, prompts: list[str], configs: dict) -> list[dict[str, Any]]:
+def measure_all(
+    experiment: Experiment, prompts: list[str], wanted: list[tuple[str, float]], every: int
+) -> list[dict[str, Any]]:
     """Every row, from the file where it is there already; each is written as soon as it is measured."""
     file = experiment.folder / "quality.csv"
-    wanted = [(prompt, *key, config) for prompt in prompts for key, config in configs.items()]
     identity = run_record.digest(json.dumps(experiment.settings.to_dict(), sort_keys=True))
     columns = ("settings", "prompt", "method", "budget", "config")
     kept = {tuple(row[name] for name in columns): row for row in read_rows(file)}
     rows = []
-    for number, (prompt, method, budget, config) in enumerate(wanted, start=1):
-        key = (identity, prompt, method, str(budget), json.dumps(config.to_dict(), sort_keys=True))
-        if key not in kept:
-            experiment.say(f"{number}/{len(wanted)} {method} @ {budget}: {prompt}")
-            kept[key] = {**measure(experiment, prompt, method, budget, config), "settings": identity}
-            append_row(file, kept[key])
-        row = kept[key]
-        numbers = {name: float(row[name]) for name in ("budget", "achieved", "achieved_all", "psnr", "ssim", "seconds")}
-        rows.append({**row, **numbers})
+    for number, prompt in enumerate(prompts, start=1):
+        for (method, budget), config in calibrated(experiment, prompt, wanted, every).items():
+            key = (identity, prompt, method, str(budget), json.dumps(config.to_dict(), sort_keys=True))
+            if key not in kept:
+                experiment.say(f'prompt {number} of {len(prompts)}, "{prompt}": {method} @ {budget}')
+                kept[key] = {**measure(experiment, prompt, method, budget, config), "settings": identity}
+                append_row(file, kept[key])
+            row = kept[key]
+            names = ("budget", "achieved", "achieved_all", "psnr", "ssim", "seconds")
+            rows.append({**row, **{name: float(row[name]) for name in names}})
     return rows
 
 

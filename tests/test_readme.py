@@ -101,6 +101,15 @@ def test_psa_generate(command, tiny, tmp_path, capsys, monkeypatch):
         assert {file.name for file in folder.iterdir()} == expected
 
 
+@pytest.mark.parametrize("command", commands_of("psa-bench"), ids=named)
+def test_psa_bench(command, capsys):
+    """With fewer tokens and repeats than the README's."""
+    from psa_diffusers.cli.bench import app
+
+    assert run_command("psa-bench", app, [*command[1:], "--tokens", "512,1024", "--repeats", "1"]) == 0
+    assert "1024" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
 def test_python(code, tiny):
     for large, small in SMALLER.items():

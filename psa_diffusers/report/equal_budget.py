@@ -47,7 +47,7 @@ def largest_factor(method: str) -> float:
     return 1 / sum(values) if setting == "level_fractions" else 1 / min(values)
 
 
-def find_factor(budget_of: Callable[[float], float], target: float, high: float, rounds: int = 20) -> float:
+def find_factor(budget_of: Callable[[float], float], target: float, high: float, rounds: int = 14) -> float:
     """The smallest factor up to ``high`` whose budget is at least ``target``, by bisection.
 
     Rows have whole numbers of blocks, so a budget may jump over the target: then the factor is the one above the jump,

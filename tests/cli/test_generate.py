@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from psa_diffusers.cli import generation
+from psa_diffusers.cli import generation, pipeline
 from psa_diffusers.metrics import read_video
 from psa_diffusers.report.comparison import side_by_side
 
@@ -186,3 +186,19 @@ def test_side_by_side_holds_both_videos_under_their_labels():
 def test_help_has_an_example(psa_generate):
     run = psa_generate("--help")
     assert run.code == 0 and "Example: psa-generate --prompt" in run.out
+
+
+@pytest.mark.parametrize(
+    ("offload", "expected"),
+    [("none", "to"), ("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")],
+)
+def test_offload_takes_the_pipelines_own_way(saved_model, monkeypatch, offload, expected):
+    from diffusers import WanPipeline
+
+    called = []
+    for name in ("to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        monkeypatch.setattr(
+            WanPipeline, name, lambda self, *a, _name=name, **k: called.append((_name, *a, *k.values()))
+        )
+    pipeline.load_pipeline(pipeline.find_model(str(saved_model)), "float32", "cpu", offload)
+    assert called == [(expected, "cpu")]

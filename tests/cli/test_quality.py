@@ -51,8 +51,8 @@ def test_binary_methods_know_only_full_and_skip(calls):
 
 
 def test_bisection_finds_the_smallest_factor_and_refuses_the_impossible():
-    assert find_factor(lambda factor: factor / 2, 0.3, high=1.0) == pytest.approx(0.6, abs=1e-5)
-    assert find_factor(lambda factor: round(factor, 1), 0.25, high=1.0) == pytest.approx(0.25, abs=1e-5)
+    assert find_factor(lambda factor: factor / 2, 0.3, high=1.0) == pytest.approx(0.6, abs=1e-4)
+    assert find_factor(lambda factor: round(factor, 1), 0.25, high=1.0) == pytest.approx(0.25, abs=1e-4)
     with pytest.raises(ValueError, match=r"reaches compute budget 0\.9"):
         find_factor(lambda factor: factor / 2, 0.9, high=1.0)
     with pytest.raises(ValueError, match="method must be one of"):
@@ -77,7 +77,7 @@ def test_the_script_measures_resumes_and_reports(quality, saved_model, tmp_path,
 
     def run(limit):
         quality.main(
-            **{"output": output, "model": str(saved_model), "prompts_file": file, "limit": limit, "tuning": 1},
+            **{"output": output, "model": str(saved_model), "prompts_file": file, "limit": limit},
             **{"steps": 2, "every": 1, "budget": [0.3], "method": [BUDGET_RULE, "binary, top-k"], "quiet": True},
         )
         with (output / "quality.csv").open(newline="") as lines:
@@ -88,7 +88,7 @@ def test_the_script_measures_resumes_and_reports(quality, saved_model, tmp_path,
         ("a red circle", BUDGET_RULE),
         ("a red circle", "binary, top-k"),
     ]
-    assert facts["prompts"] == ["a red circle"] and facts["tuning_prompts"] == ["a red ball"]
+    assert facts["prompts"] == ["a red circle"]
     assert "quality.py" in facts["command"] and facts["versions"]["torch"]
     for row, line in zip(rows, facts["table"], strict=True):
         assert float(row["psnr"]) == line["psnr"] and float(row["achieved"]) == line["achieved"] > 0.2
