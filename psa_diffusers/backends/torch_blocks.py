@@ -18,6 +18,8 @@ from .products import linear
 from .pyramids import HeadPyramid, Layout, build_head_pyramid
 from .workers import run_groups, thread_count
 
+MOST_LOGITS = 2**19
+
 
 def attend_torch(
     query: Tensor,
@@ -115,22 +117,30 @@ class _Call:
 
 def _attend_block(block: _Block) -> None:
     """Compute one block of queries and write it where it belongs."""
-    rows, (key, value, *variance) = block.rows, block.pyramid.tables
-    queries = block.query.index_select(0, block.positions).to(key.dtype)
+    # Long reads take fewer queries at a time: they gather more than once, but logits stay in the cache.
+    step = max(16, MOST_LOGITS // max(1, len(block.rows)))
+    for positions in block.positions.split(step):
+        queries = block.query.index_select(0, positions)
+        out, lse = _attend(queries, block.rows, block.pyramid, block.lse is not None)
+        block.out.index_copy_(0, positions, out.to(block.out.dtype))
+        if lse is not None:
+            block.lse.index_copy_(0, positions, lse)
+
+
+def _attend(queries: Tensor, rows: Tensor, pyramid: HeadPyramid, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Output [queries, head_dim] and lse [queries], in the pyramid's dtype, over rows of the pyramid."""
+    key, value, *variance = pyramid.tables
+    queries = queries.to(key.dtype)
     if len(rows) == 0:
-        out, lse = torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf)
-    else:
-        bias = block.pyramid.log_count.index_select(0, rows)
-        logits = linear(queries, key.index_select(0, rows), bias)
-        if variance:
-            half_variance = linear(queries**2, variance[0].index_select(0, rows)) * 0.5
-            logits += torch.minimum(half_variance, bias)
-        lse = None if block.lse is None else logits.logsumexp(-1)
-        weights = torch.softmax(logits, -1, out=logits)
-        out = linear(weights, value.index_select(0, rows).t())
-    block.out.index_copy_(0, block.positions, out.to(block.out.dtype))
-    if block.lse is not None:
-        block.lse.index_copy_(0, block.positions, lse)
+        return torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf) if with_lse else None
+    bias = pyramid.log_count.index_select(0, rows)
+    logits = linear(queries, key.index_select(0, rows), bias)
+    if variance:
+        half_variance = linear(queries**2, variance[0].index_select(0, rows)) * 0.5
+        logits += torch.minimum(half_variance, bias)
+    lse = logits.logsumexp(-1) if with_lse else None
+    weights = torch.softmax(logits, -1, out=logits)
+    return linear(weights, value.index_select(0, rows).t()), lse
 
 
 def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:
