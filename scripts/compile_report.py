@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from psa_diffusers.backends.triton.inspection import TARGETS, Case, Report, report_case, report_cases
+from psa_diffusers.backends.triton.inspection import KERNELS, TARGETS, Case, Report, report_case, report_cases
 
 COLUMNS = [field.name for field in dataclasses.fields(Report)]
 
@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [
         case
         for case in report_cases()
-        if case.target in options.targets and (case.is_required or not options.required_only)
+        if case.target in options.targets
+        and case.kernel in options.kernels
+        and (case.is_required or not options.required_only)
     ]
     reports = compile_all(cases, options.jobs)
     if options.csv:
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="KERNEL")
     parser.add_argument("--required-only", action="store_true", help="leave out what is only reported")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time (default 1)")
     parser.add_argument("--csv", type=Path, help="also write the table here")

@@ -45,9 +45,7 @@ class Layout:
 class HeadPyramid:
     """One head's keys, values and, when asked for, variances of the keys (a channel at a time)."""
 
-    key: Tensor  # [rows, head_dim] means over real tokens; 0 without any
-    value: Tensor  # [rows, head_dim]
-    variance: Tensor | None  # [rows, head_dim]
+    tables: tuple[Tensor, ...]  # 2 or 3 times [rows, head_dim]: means over real tokens (keys scaled); 0 without any
     log_count: Tensor  # [rows] ln(real tokens); -inf without any
     block_has_real: Tensor | None  # bool [blocks]; None: all have
 
@@ -56,63 +54,70 @@ def build_head_pyramid(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    precise: torch.dtype,
+    tables: tuple[Tensor, ...],
+    scale: float,
     *,
     order: Tensor | None,
     real: Tensor | None,
-    with_variance: bool,
 ) -> HeadPyramid:
     """The pyramid of key and value [key_length, head_dim].
 
     Args:
         key, value: In raster order, any floating dtype and strides.
-        precise: dtype of the pyramid.
+        tables: [empty_row + 1, head_dim] each, to be written: keys, values and, if there is a third, variances.
+        scale: Factor of the keys.
         order: int64 [key_length], the token at each position; None = raster.
         real: bool [key_length] in block order; None = all are real.
-        with_variance: Also measure the variances.
     """
-    rows, length = layout.empty_row + 1, len(key)
-    tables = [_fine_table(tokens, rows, precise, order, real) for tokens in (key, value)]
-    if with_variance:
-        tables.append(key.new_zeros(rows, key.shape[1], dtype=precise))
-    count = key.new_zeros(rows, dtype=precise)
+    length, capacity = len(key), layout.starts[1]
+    for table, tokens in zip(tables, (key, value), strict=False):
+        _take(tokens, order, out=table[:length])
+        if real is not None:
+            table.index_fill_(0, (~real).nonzero()[:, 0], 0)
+    tables[0][:length] *= scale
+    count = tables[0].new_zeros(len(tables[0]))
     count[:length] = 1 if real is None else real
-    for table in (*tables, count):
-        table[length : layout.starts[1]] = 0
+    for table in tables:
+        table[length:capacity] = 0
         table[layout.empty_row] = 0
-    even = real is None and length == layout.starts[1]
+    for variance in tables[2:]:
+        variance[:capacity] = 0
+    even = real is None and length == capacity
     for level in range(1, layout.num_levels + 1):
         fine, coarse = (slice(layout.starts[item], layout.starts[item + 1]) for item in (level - 1, level))
-        parts, part_count = [table[fine] for table in tables], count[fine]
-        while len(part_count) > coarse.stop - coarse.start:
-            parts, part_count = _halve(parts, part_count, even)
-        for table, part in zip((*tables, count), (*parts, part_count), strict=True):
-            table[coarse] = part
+        _merge([table[fine] for table in tables], count[fine], [table[coarse] for table in tables], count[coarse], even)
     has_real = None if even else count[layout.starts[-2] : layout.empty_row] > 0
-    return HeadPyramid(tables[0], tables[1], tables[2] if with_variance else None, count.log(), has_real)
+    return HeadPyramid(tables, count.log(), has_real)
 
 
-def _fine_table(tokens: Tensor, rows: int, precise: torch.dtype, order: Tensor | None, real: Tensor | None) -> Tensor:
-    """A table [rows, head_dim] whose first rows are the tokens in block order, 0 where they are not real."""
-    table = tokens.new_empty(rows, tokens.shape[1], dtype=precise)
-    fine = table[: len(tokens)]
-    if order is None:
-        fine.copy_(tokens)
-    elif tokens.dtype == precise:
-        torch.index_select(tokens, 0, order, out=fine)
+def _take(tokens: Tensor, order: Tensor | None, *, out: Tensor) -> None:
+    """Tokens [length, head_dim], in the order, converted to the dtype of ``out`` and written there."""
+    if order is not None and tokens.dtype == out.dtype:
+        torch.index_select(tokens, 0, order, out=out)
     else:
-        fine.copy_(tokens.index_select(0, order))
-    return table if real is None else table.index_fill_(0, (~real).nonzero()[:, 0], 0)
+        out.copy_(tokens if order is None else tokens.index_select(0, order))
 
 
-def _halve(tables: list[Tensor], count: Tensor, even: bool) -> tuple[list[Tensor], Tensor]:
-    """Merge rows two by two: means, variances and counts of pairs, from tables [n, head_dim] and count [n]."""
-    pairs = [table.unflatten(0, (-1, 2)) for table in tables]
-    first, second = count.unflatten(0, (-1, 2)).unbind(1)
-    total = first + second
+def _merge(fine: list[Tensor], fine_count: Tensor, coarse: list[Tensor], count: Tensor, even: bool) -> None:
+    """Merge rows by twos until there are as many as in ``coarse`` and ``count``, and write them there."""
+    while len(fine_count) > 2 * len(count):
+        half = len(fine_count) // 2
+        between = [table.new_empty(half, table.shape[1]) for table in fine]
+        between_count = fine_count.new_empty(half)
+        _halve(fine, fine_count, between, between_count, even)
+        fine, fine_count = between, between_count
+    _halve(fine, fine_count, coarse, count, even)
+
+
+def _halve(fine: list[Tensor], fine_count: Tensor, coarse: list[Tensor], count: Tensor, even: bool) -> None:
+    """Means, variances and counts of pairs of rows: coarse [n, head_dim] and count [n] from twice as many rows."""
+    first, second = fine_count.unflatten(0, (-1, 2)).unbind(1)
+    torch.add(first, second, out=count)
     # The share of the first row's tokens; 1/2 but at the end of the sequence and beside padding.
-    share = 0.5 if even else (first / total.clamp(min=1))[:, None]
-    merged = [torch.lerp(pair[:, 1], pair[:, 0], share) for pair in pairs]
-    if len(tables) == 3:
-        merged[2] += share * (1 - share) * (pairs[0][:, 0] - pairs[0][:, 1]) ** 2
-    return merged, total
+    share = 0.5 if even else (first / count.clamp(min=1))[:, None]
+    for source, target in zip(fine, coarse, strict=True):
+        pair = source.unflatten(0, (-1, 2))
+        torch.lerp(pair[:, 1], pair[:, 0], share, out=target)
+    if len(fine) == 3:
+        means = fine[0].unflatten(0, (-1, 2))
+        coarse[2] += share * (1 - share) * (means[:, 0] - means[:, 1]) ** 2

@@ -16,7 +16,9 @@ from torch import Tensor
 from ..planning.plan import Plan
 from .products import linear
 from .pyramids import HeadPyramid, Layout, build_head_pyramid
-from .workers import run_groups
+from .workers import run_groups, thread_count
+
+MOST_LOGITS = 2**19
 
 
 def attend_torch(
@@ -31,8 +33,8 @@ def attend_torch(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, fast on CPUs. No gradients.
 
-    Computes in float32 (float64 for float64 inputs) and rounds once, at the end. Beyond inputs and output it takes 2.4
-    times the memory of K and V, of one head for every thread.
+    Computes in float32 (float64 for float64 inputs) and rounds once, at the end. Beyond inputs and output it takes 1.89
+    times the memory of K and V (4 levels, kv blocks of 64), for a third of the heads at a time.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
@@ -46,10 +48,14 @@ def attend_torch(
         Output like ``query`` (contiguous), and lse [batch, heads, query_length] (natural logarithm; float64 for float64
         inputs, else float32) or None. A query with nothing to read gets output 0 and lse -inf.
     """
-    call = _Call(query, key, value, plan, scale, logit_correction == "variance", return_lse)
+    call = _Call(query, key, value, plan, scale, return_lse)
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
+    workers = thread_count(query.device)
+    # One head is worked on while the next is prepared, where that does not take too much memory beside K and V.
+    slots = min(len(heads), workers, max(1, len(heads) // 3))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        run_groups(heads, call.prepare, _attend_block, parallel=query.device.type == "cpu")
+        memory = [call.empty_tables(3 if logit_correction == "variance" else 2) for _ in range(slots)]
+        run_groups(heads, memory, call.prepare, _attend_block, workers)
     return call.out, call.lse
 
 
@@ -57,7 +63,7 @@ def attend_torch(
 class _Block:
     """One block of queries of one head: what it reads, and where its output goes."""
 
-    queries: Tensor  # [queries, head_dim], scaled
+    query: Tensor  # [query_length, head_dim], of the head
     rows: Tensor  # int32 [rows read] of the pyramid's table
     pyramid: HeadPyramid
     positions: Tensor  # int64 [queries]: the tokens of these queries
@@ -75,14 +81,12 @@ class _Call:
         value: Tensor,
         plan: Plan,
         scale: float,
-        with_variance: bool,
         return_lse: bool,
     ) -> None:
         batch, length, heads, _ = query.shape
         self.query, self.key, self.value, self.plan = query, key, value, plan
-        self.scale, self.with_variance = scale, with_variance
+        self.scale, self.layout = scale, Layout.of(plan)
         self.precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.layout = Layout.of(plan)
         self.order = None if plan.order is None else plan.order.to(query.device)
         self.real = plan.real_keys()
         tokens = torch.arange(length, device=query.device) if self.order is None else self.order
@@ -90,47 +94,53 @@ class _Call:
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = query.new_empty(batch, heads, length, dtype=self.precise) if return_lse else None
 
-    def prepare(self, place: tuple[int, int]) -> list[_Block]:
+    def empty_tables(self, count: int) -> tuple[Tensor, ...]:
+        """Memory for the pyramid of a head; used for one head after the other."""
+        shape = self.layout.empty_row + 1, self.query.shape[3]
+        return tuple(self.query.new_empty(shape, dtype=self.precise) for _ in range(count))
+
+    def prepare(self, place: tuple[int, int], tables: tuple[Tensor, ...]) -> list[_Block]:
         """Pack a head and list what its blocks of queries read, the longest first."""
         sample, head = place
-        pyramid = build_head_pyramid(
-            self.key[sample, :, head],
-            self.value[sample, :, head],
-            self.layout,
-            self.precise,
-            order=self.order,
-            real=None if self.real is None else self.real[sample],
-            with_variance=self.with_variance,
-        )
-        queries = self.query[sample, :, head]
-        queries = queries if self.order is None else queries.index_select(0, self.order)
-        queries = (queries.to(self.precise) * self.scale).split(self.plan.query_block_size)
+        real = None if self.real is None else self.real[sample]
+        key, value = self.key[sample, :, head], self.value[sample, :, head]
+        pyramid = build_head_pyramid(key, value, self.layout, tables, self.scale, order=self.order, real=real)
         reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
-        out, lse = self.out[sample, :, head], None if self.lse is None else self.lse[sample, head]
+        query, out = self.query[sample, :, head], self.out[sample, :, head]
+        lse = None if self.lse is None else self.lse[sample, head]
         blocks = [
-            _Block(block, rows, pyramid, positions, out, lse)
-            for block, rows, positions in zip(queries, reads, self.positions, strict=True)
+            _Block(query, rows, pyramid, positions, out, lse)
+            for rows, positions in zip(reads, self.positions, strict=True)
         ]
         return sorted(blocks, key=lambda block: -len(block.rows))
 
 
 def _attend_block(block: _Block) -> None:
     """Compute one block of queries and write it where it belongs."""
-    queries, rows, pyramid = block.queries, block.rows, block.pyramid
+    # Long reads take fewer queries at a time: they gather more than once, but logits stay in the cache.
+    step = max(16, MOST_LOGITS // max(1, len(block.rows)))
+    for positions in block.positions.split(step):
+        queries = block.query.index_select(0, positions)
+        out, lse = _attend(queries, block.rows, block.pyramid, block.lse is not None)
+        block.out.index_copy_(0, positions, out.to(block.out.dtype))
+        if lse is not None:
+            block.lse.index_copy_(0, positions, lse)
+
+
+def _attend(queries: Tensor, rows: Tensor, pyramid: HeadPyramid, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Output [queries, head_dim] and lse [queries], in the pyramid's dtype, over rows of the pyramid."""
+    key, value, *variance = pyramid.tables
+    queries = queries.to(key.dtype)
     if len(rows) == 0:
-        out, lse = torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf)
-    else:
-        bias = pyramid.log_count.index_select(0, rows)
-        logits = linear(queries, pyramid.key.index_select(0, rows), bias)
-        if pyramid.variance is not None:
-            half_variance = linear(queries**2, pyramid.variance.index_select(0, rows)) * 0.5
-            logits += torch.minimum(half_variance, bias)
-        lse = None if block.lse is None else logits.logsumexp(-1)
-        weights = torch.softmax(logits, -1, out=logits)
-        out = linear(weights, pyramid.value.index_select(0, rows).t())
-    block.out.index_copy_(0, block.positions, out.to(block.out.dtype))
-    if block.lse is not None:
-        block.lse.index_copy_(0, block.positions, lse)
+        return torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf) if with_lse else None
+    bias = pyramid.log_count.index_select(0, rows)
+    logits = linear(queries, key.index_select(0, rows), bias)
+    if variance:
+        half_variance = linear(queries**2, variance[0].index_select(0, rows)) * 0.5
+        logits += torch.minimum(half_variance, bias)
+    lse = logits.logsumexp(-1) if with_lse else None
+    weights = torch.softmax(logits, -1, out=logits)
+    return linear(weights, value.index_select(0, rows).t()), lse
 
 
 def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:

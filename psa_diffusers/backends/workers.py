@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import TypeVar
+from functools import lru_cache, partial
+from typing import Generic, TypeVar
 
 import torch
 
 Group = TypeVar("Group")
+Slot = TypeVar("Slot")
 Piece = TypeVar("Piece")
 
 # Python itself runs one thread at a time: beyond this many, workers wait for it, and get several cores each instead.
 MAX_WORKERS = 16
 
 
+def thread_count(device: torch.device) -> int:
+    """Workers that :func:`run_groups` has for tensors on this device: a GPU needs no more than one to launch from."""
+    return min(torch.get_num_threads(), MAX_WORKERS) if device.type == "cpu" else 1
+
+
 def run_groups(
     groups: Iterable[Group],
-    prepare: Callable[[Group], list[Piece]],
+    slots: Sequence[Slot],
+    prepare: Callable[[Group, Slot], list[Piece]],
     work: Callable[[Piece], None],
-    *,
-    parallel: bool = True,
+    workers: int,
 ) -> None:
-    """Call ``work`` on every piece that ``prepare`` makes of every group, on as many threads as torch uses.
+    """Call ``work`` on every piece that ``prepare`` makes of every group, on that many threads.
 
-    A group is prepared when no piece is left to work on, so that few groups are in memory at a time. Pieces of a group
-    are begun in their order. The first error of a piece is raised here, when the other threads have ended.
+    A slot is the memory that a group lives in: ``prepare`` gets a free one, which is free again when the last piece of
+    its group is done. Pieces are begun in their order. The first error is raised here, once the other threads ended.
     """
-    threads = torch.get_num_threads() if parallel else 1
-    queue = _Queue(groups, prepare, work)
-    workers = min(threads, MAX_WORKERS)
+    queue = _Queue(groups, slots, prepare, work)
     if workers <= 1:
         queue.drain()
         return
@@ -42,25 +47,33 @@ def run_groups(
         with torch.inference_mode(inference), torch.no_grad():
             queue.drain()
 
-    jobs = [_pool(workers, threads // workers).submit(drain) for _ in range(workers)]
-    errors = [job.exception() for job in jobs]
-    for error in errors:
+    pool = _pool(workers, max(1, torch.get_num_threads() // workers), os.getpid())
+    jobs = [pool.submit(drain) for _ in range(workers)]
+    for error in [job.exception() for job in jobs]:
         if error is not None:
             raise error
 
 
-class _Queue:
+class _Queue(Generic[Group, Slot, Piece]):
+    """What is left to do: pieces first, and where there are none, a group for every free slot."""
+
     def __init__(
-        self, groups: Iterable[Group], prepare: Callable[[Group], list[Piece]], work: Callable[[Piece], None]
+        self,
+        groups: Iterable[Group],
+        slots: Sequence[Slot],
+        prepare: Callable[[Group, Slot], list[Piece]],
+        work: Callable[[Piece], None],
     ) -> None:
-        self.groups, self.prepare, self.work = iter(groups), prepare, work
-        self.pieces: deque[Piece] = deque()
+        self.groups, self.prepare, self.work = deque(groups), prepare, work
+        self.slots, self.free = slots, deque(range(len(slots)))
+        self.pieces: deque[tuple[int, Piece]] = deque()
+        self.unfinished = [0] * len(slots)
         self.preparing = 0
         self.failed = False
         self.changed = threading.Condition()
 
     def drain(self) -> None:
-        """Take part in the work until nothing is left."""
+        """Take part until nothing is left."""
         try:
             while (task := self._take()) is not None:
                 task()
@@ -74,33 +87,51 @@ class _Queue:
         with self.changed:
             while not self.failed:
                 if self.pieces:
-                    piece = self.pieces.popleft()
-                    return lambda: self.work(piece)
-                for group in self.groups:
-                    self.preparing += 1
-                    return lambda group=group: self._add(group)
-                if not self.preparing:
+                    return partial(self._work, *self.pieces.popleft())
+                if not self.groups and not self.preparing:
                     return None
+                if self.groups and self.free:
+                    self.preparing += 1
+                    return partial(self._prepare, self.groups.popleft(), self.free.popleft())
                 self.changed.wait()
         return None
 
-    def _add(self, group: Group) -> None:
-        pieces = self.prepare(group)
+    def _work(self, slot: int, piece: Piece) -> None:
+        self.work(piece)
         with self.changed:
-            self.pieces.extend(pieces)
+            self.unfinished[slot] -= 1
+            self._free_if_done(slot)
+
+    def _prepare(self, group: Group, slot: int) -> None:
+        pieces = self.prepare(group, self.slots[slot])
+        with self.changed:
             self.preparing -= 1
+            self.unfinished[slot] = len(pieces)
+            self.pieces.extend((slot, piece) for piece in pieces)
+            self._free_if_done(slot)
+            self.changed.notify_all()
+
+    def _free_if_done(self, slot: int) -> None:
+        if self.unfinished[slot] == 0:
+            self.free.append(slot)
             self.changed.notify_all()
 
 
 @lru_cache(maxsize=4)
-def _pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
-    """Threads whose operators use ``threads_each`` threads. Setting that touches the whole process: put back after."""
+def _pool(workers: int, threads_each: int, process: int) -> ThreadPoolExecutor:
+    """Threads whose operators use ``threads_each`` threads; a pool for every process, as a fork does not copy threads.
+
+    To set the number also touches what other threads use (MKL), so that it is put back at once.
+    """
     before = torch.get_num_threads()
     ready = threading.Barrier(workers + 1)
 
     def start() -> None:
-        torch.set_num_threads(threads_each)
-        ready.wait()
+        try:
+            torch.get_num_threads()  # a thread's first call takes the process's number over; not to come later
+            torch.set_num_threads(threads_each)
+        finally:
+            ready.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="psa", initializer=start)
     for _ in range(workers):

@@ -227,7 +227,10 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['relative_error']:.3f}",
             "-" if memory is None else f"{memory:.2f}",
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file has no width to keep to
+        console.width = 120
+    console.print(table)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ def gilbert_order(grid: tuple[int, int, int]) -> Tensor:
         score = (_jumps(cells), _mean_extent(cells, 64))
         if best_score is None or score < best_score:
             best, best_score = cells, score
+    _curve.cache_clear()  # the walks through the parts are many times the order itself
     return (best[:, 0] * grid[1] + best[:, 1]) * grid[2] + best[:, 2]
 
 

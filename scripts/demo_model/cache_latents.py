@@ -7,9 +7,12 @@ Example: python scripts/demo_model/cache_latents.py --vae runs/demo/vae/checkpoi
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from scenes import Combination, random_scene, render, training_combinations
 from tqdm import tqdm
@@ -32,14 +35,19 @@ def load_vae(path: Path):
     return vae
 
 
-def encode_scenes(vae, combinations: list[Combination], grid: tuple[int, int, int], rng: random.Random) -> torch.Tensor:
-    """Normalised fp16 latents [count, channels, *grid] of one random scene for each combination."""
-    frames, height, width = 4 * grid[0] - 3, 16 * grid[1], 16 * grid[2]
-    clips = [torch.from_numpy(render(random_scene(what, rng), frames, height, width)) for what in combinations]
-    video = (torch.stack(clips) * 2 - 1).permute(0, 4, 1, 2, 3).contiguous(memory_format=torch.channels_last_3d)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+def draw(job: tuple[Combination, str, int, int, int]) -> np.ndarray:
+    """One random clip of a combination, uint8 [frames, height, width, 3]; the text seeds its jitter."""
+    what, seed, frames, height, width = job
+    return (render(random_scene(what, random.Random(seed)), frames, height, width) * 255).round().astype(np.uint8)
+
+
+def encode_clips(vae, clips: list[np.ndarray], device: str) -> torch.Tensor:
+    """Normalised fp16 latents [count, channels, t, h, w] of uint8 clips."""
+    video = torch.stack([torch.from_numpy(clip) for clip in clips]).to(device).float() / 127.5 - 1
+    video = video.permute(0, 4, 1, 2, 3).contiguous(memory_format=torch.channels_last_3d)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
         latents, _ = encode(vae, video)
-    return normalised(vae, latents.float()).half()
+    return normalised(vae, latents.float()).half().cpu()
 
 
 def main() -> None:
@@ -49,22 +57,27 @@ def main() -> None:
     parser.add_argument("--grid", type=parse_grid, default=(17, 8, 8), help="latent frames x height x width")
     parser.add_argument("--count", type=int, default=1500, help="clips in all")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     fast_norms()
-    vae = load_vae(args.vae)
+    vae = load_vae(args.vae).to(args.device)
     path = args.out / ("x".join(map(str, args.grid)) + ".pt")
     old = load_checkpoint(path) if path.exists() else {"latents": [], "what": []}
     latents, whats = [*old["latents"]], [*old["what"]]
     rng = random.Random(f"{args.seed} {len(whats)}")
-    choices = training_combinations()
-    for _ in tqdm(range(0, args.count - len(whats), args.batch)):
-        batch = rng.choices(choices, k=args.batch)
-        latents += encode_scenes(vae, batch, args.grid, rng).unbind()
-        whats += batch
-    save_checkpoint(path, {"latents": torch.stack(latents), "what": whats})
+    fresh = rng.choices(training_combinations(), k=max(0, args.count - len(whats)))
+    frames, height, width = 4 * args.grid[0] - 3, 16 * args.grid[1], 16 * args.grid[2]
+    jobs = [(what, f"{args.seed} {len(whats) + i}", frames, height, width) for i, what in enumerate(fresh)]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        clips = pool.imap(draw, jobs, chunksize=args.batch)
+        for start in tqdm(range(0, len(jobs), args.batch)):
+            batch = list(itertools.islice(clips, min(args.batch, len(jobs) - start)))
+            latents += encode_clips(vae, batch, args.device).unbind()
+    save_checkpoint(path, {"latents": torch.stack(latents), "what": [*whats, *fresh]})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def sample(model: TextToVideo, prompts, grid, tokenizer, attention, steps=16, gu
     for level, following in pairwise(levels):
         sigma = level.expand(2 * len(prompts))
         both = [*prompts, *[""] * len(prompts)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16):
             velocity = model(latents.repeat(2, 1, 1, 1, 1), sigma, both, tokenizer, attention).float()
         asked, free = velocity.chunk(2)
         latents = latents + (following - level) * (free + guidance * (asked - free))

@@ -91,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--grids", nargs="+", default=["1x8x8=1"], help="GRID=SHARE of the steps")
     parser.add_argument("--minutes", type=float, default=30, help="time of this stage over all its sessions")
     parser.add_argument("--tokens", type=int, default=10240, help="video tokens a step: sets each grid's batch size")
+    parser.add_argument("--init", type=Path, help="checkpoint whose averaged weights a new run starts from")
     parser.add_argument("--muon-lr", type=float, default=2e-3)
     parser.add_argument("--adam-lr", type=float, default=1e-3)
     parser.add_argument("--floor", type=float, default=0.1, help="last learning rate, as a share of the first")
@@ -107,10 +108,12 @@ def main() -> None:
     seed_everything(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).to(args.device)
+    path = args.run / "checkpoint.pt"
+    if args.init and not path.exists():
+        model.load_state_dict(load_checkpoint(args.init)["average"])
     attention = prepare_for_training(model.transformer)
     average = Average(model, args.ema)
     optimisers = build_optimisers(model, args.muon_lr, args.adam_lr)
-    path = args.run / "checkpoint.pt"
     step, seconds = 0, {}
     if path.exists():
         state = load_checkpoint(path)

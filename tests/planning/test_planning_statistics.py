@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from psa_diffusers.planning.blocks import real_positions, unpadded_positions
+from psa_diffusers.planning.errors import pair_errors
 from psa_diffusers.planning.importance import (
     antidiagonal_importance,
     block_means,
@@ -254,3 +255,39 @@ def test_similarity_cap_by_its_definition(setting):
                 assert int(cap[sample, head, block]) == expected
                 seen.add(expected)
     assert len(seen) > 1
+
+
+def errors_of(query, key, value, scale=0.5):
+    queries = draw_samples(query, None, None, 16, 16, seed=0, kind="query")
+    keys = draw_samples(key, None, None, 16, 16, seed=0, kind="key")
+    spread = measure_spread(key, value, None, None, 16, 4)
+    importance = sampled_importance(queries, keys, scale=scale, reduction="sum")
+    second = centroid_energy(queries, spread.key_mean, spread.key[-1], None, 16, scale=scale)
+    errors = pair_errors(importance, second, queries, spread, scale=scale)
+    return errors, importance, second, spread
+
+
+def test_pair_errors_by_their_definition():
+    query, key, value = tokens(2, 32), tokens(2, 48, seed=4), tokens(2, 48, seed=5)
+    errors, importance, second, spread = errors_of(query, key, value)
+    assert errors.shape == (4, 2, 2, 2, 3)
+    power = query.double().square().unflatten(1, (2, 16)).mean(2).transpose(1, 2) * 0.5**2
+    variance = torch.einsum("bhqd,lbhkd->lbhqk", power, spread.key.double())
+    output = importance.score.double() @ spread.value_mean.double()
+    distance = torch.cdist(output, spread.value_mean.double()).square()
+    attention = (importance.energy.double() * second.double()) ** (0.75 / 2)
+    lost = (1 - torch.exp(-variance / 2)) ** 2 * distance
+    expected = attention * (0.1 * variance * spread.value.double()[:, :, :, None, :] + lost)
+    torch.testing.assert_close(errors.double(), expected, rtol=1e-3, atol=1e-9)
+
+
+def test_pair_errors_vanish_where_pooling_loses_nothing():
+    query, key, value = tokens(1, 32), tokens(1, 48, seed=4), tokens(1, 48, seed=5)
+    alike = torch.ones_like(value)
+    assert float(errors_of(query, key, alike)[0].amax()) < 1e-6 * float(errors_of(query, key, value)[0].amin())
+    flat_key = key[:, ::16].repeat_interleave(16, dim=1)
+    assert not errors_of(query, flat_key, value)[0].any()
+    pairs = key[:, ::2].repeat_interleave(2, dim=1)  # level 2 merges equal keys, level 3 does not
+    errors = errors_of(query, pairs, value)[0]
+    assert not errors[0].any()
+    assert bool((errors[1:] > 0).all())

@@ -1,5 +1,6 @@
 """Every kernel compiles for every target without a GPU, spills nothing, and fits in what the target can launch."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,20 +10,27 @@ from pathlib import Path
 import pytest
 
 from psa_diffusers.backends.triton.inspection import (
+    KERNELS,
     SHARED_MEMORY_LIMITS,
     TARGETS,
     Case,
+    Report,
     Resources,
     compile_case,
     report_cases,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+# One tile a target and dtype; every kernel somewhere.
 LEAN = [
-    Case(kernel, target, dtype, 128)
+    case
     for target in TARGETS
-    for kernel, dtype in (("attention", "fp16"), ("attention", "bf16"), ("pyramid", "bf16"), ("read_lists", "bf16"))
-]
+    for case in (
+        Case("attention", target, "fp16", 64),
+        Case("attention", target, "bf16", 128),
+        Case("read_lists", target, "bf16", 64),
+    )
+] + [Case("pyramid", target, "bf16", 128) for target in ("sm_90", "gfx942")]
 MATRIX_UNITS = {
     "sm_80": "mma.sync",
     "sm_89": "mma.sync",
@@ -66,7 +74,7 @@ def check_required(case: Case) -> None:
         assert resources.shared_memory > 0
 
 
-@pytest.mark.parametrize("kernel", ["attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_for_one_token_of_one_head(kernel):
     """Triton makes a constant of every argument that is 1: sizes, block counts, strides."""
     case = Case(kernel, "sm_90", "bf16", 64, num_levels=1, length=1, heads=1, is_plain=True)
@@ -114,9 +122,19 @@ def test_spills_are_found():
 
 
 def test_report_script(tmp_path):
-    """One target, required cases: prints JSON, writes the CSV, exits with 0."""
+    """Prints JSON, writes the CSV, exits with 0."""
     table = tmp_path / "report.csv"
-    arguments = ["--targets", "sm_80", "--required-only", "--json", "--csv", str(table)]
+    arguments = [
+        "--targets",
+        "sm_80",
+        "sm_90",
+        "--kernels",
+        "read_lists",
+        "--required-only",
+        "--json",
+        "--csv",
+        str(table),
+    ]
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "compile_report.py"), *arguments],
         capture_output=True,
@@ -126,6 +144,18 @@ def test_report_script(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
-    assert len(reports) == 13
+    assert [report["target"] for report in reports] == ["sm_80", "sm_90"]
     assert all(report["problem"] == "" and report["registers"] > 0 for report in reports)
-    assert len(table.read_text().splitlines()) == 14
+    assert len(table.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("required, code", [(True, 1), (False, 0)])
+def test_report_script_fails_on_required_problems_alone(monkeypatch, capsys, required, code):
+    path = ROOT / "scripts" / "compile_report.py"
+    spec = importlib.util.spec_from_file_location("compile_report", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    report = Report("attention", "sm_90", "bf16", 128, "128x64x4", required, problem="spills 8 bytes a thread")
+    monkeypatch.setattr(script, "compile_all", lambda cases, jobs: [report])
+    assert script.main(["--targets", "sm_90"]) == code
+    assert ("FAILED attention sm_90 bf16" in capsys.readouterr().err) == required

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from psa_diffusers import PSAConfig, pyramid_sparse_attention
 from tests.backends import conformance
 from tests.backends.conformance import Case
 
@@ -77,6 +78,25 @@ def test_lists_stay_with_the_plan(interpreter):
     """A plan is used for many calls: the second takes the lists of the first, whatever the dtype."""
     lists = interpreter.call("tests.triton.interpreted_checks", "lists_of_two_calls", Case(FP32, 16, 20, 20, heads=1))
     assert lists == [1, 1]
+
+
+def test_public_operation_takes_this_backend(interpreter):
+    """Planned and dispatched by the public function: video tokens in Gilbert order, text at the end, padding."""
+    settings = {"query_block_size": 16, "kv_block_size": 16, "num_levels": 3, "compute_budget": 0.3}
+    query, key, value = conformance.make_inputs(Case(FP32, 32, 56, 56, heads=2))
+    layout = {"grid": (3, 4, 4), "full_tokens": slice(48, 56), "key_lengths": [53], "return_lse": True}
+    found = interpreter.call(
+        "psa_diffusers",
+        "pyramid_sparse_attention",
+        query,
+        key,
+        value,
+        PSAConfig(backend="triton", **settings),
+        **layout,
+    )
+    expected = pyramid_sparse_attention(query, key, value, PSAConfig(backend="reference", **settings), **layout)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [False, True])

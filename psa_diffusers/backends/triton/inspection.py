@@ -33,6 +33,7 @@ SHARED_MEMORY_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
+KERNELS = ("attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists")
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -51,8 +52,8 @@ TYPE_NAMES = {
 class Case:
     """A kernel as the backend launches it, for one target, dtype and head dim."""
 
-    kernel: str  # "attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists"
-    target: str
+    kernel: str  # one of KERNELS
+    target: str  # one of TARGETS
     dtype: str  # "fp16", "bf16", "fp32"
     head_dim: int
     query_block_size: int = 128
@@ -82,7 +83,7 @@ class Resources:
     matrix_unit: str  # "wgmma", "tcgen05", "mma.sync", "mfma"; "none"
     num_warps: int
     num_stages: int
-    tile: str  # "128x64": queries x rows, or rows x channels
+    tile: str  # "128x64": queries x rows (attention), tokens x channels (pyramid), entries (read_lists)
 
     def problem(self, case: Case) -> str:
         """Why this cannot run well, or at all, on the case's target; empty if it can."""
@@ -114,6 +115,7 @@ class Report:
     spilled: int = 0
     shared_memory: int = 0
     matrix_unit: str = ""
+    triton: str = triton.__version__
     problem: str = ""
 
 
@@ -196,12 +198,9 @@ def launch_of(case: Case) -> KernelLaunch:
 
 
 def _tile_of(launch: KernelLaunch) -> str:
-    sizes = [
-        launch.arguments[name]
-        for name in ("BLOCK_M", "BLOCK_N", "KV_BLOCK", "BLOCK_D", "CHUNK")
-        if name in launch.arguments
-    ]
-    return "x".join(str(size) for size in sizes[:2])
+    shapes = (("BLOCK_M", "BLOCK_N"), ("CHUNK",), ("KV_BLOCK", "BLOCK_D"))
+    names = next(names for names in shapes if set(names) <= set(launch.arguments))
+    return "x".join(str(launch.arguments[name]) for name in names)
 
 
 def gpu_target(name: str) -> GPUTarget:

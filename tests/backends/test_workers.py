@@ -1,0 +1,54 @@
+"""Work shared out among threads: done once each, in few slots, and errors come through."""
+
+import threading
+
+import pytest
+import torch
+
+from psa_diffusers.backends.workers import run_groups
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_piece_once_and_slots_not_shared(workers):
+    done, open_groups, most = [], {}, 0
+    lock = threading.Lock()
+
+    def prepare(group, slot):
+        with lock:
+            assert slot not in open_groups
+            if group % 3:
+                open_groups[slot] = group % 3
+        return [(group, piece, slot) for piece in range(group % 3)]
+
+    def work(piece):
+        nonlocal most
+        with lock:
+            most = max(most, len(open_groups))
+            done.append(piece[:2])
+            open_groups[piece[2]] -= 1
+            if not open_groups[piece[2]]:
+                del open_groups[piece[2]]
+
+    run_groups(range(50), ["a", "b"], prepare, work, workers)
+    assert sorted(done) == [(group, piece) for group in range(50) for piece in range(group % 3)]
+    assert most <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("place", ["prepare", "work"])
+def test_errors_come_through(workers, place):
+    def step(*arguments, name):
+        if name == place and arguments[0] == 2:
+            raise RuntimeError(f"in {name}")
+        return [arguments[0]]
+
+    with pytest.raises(RuntimeError, match=f"in {place}"):
+        run_groups(range(5), [None], lambda *a: step(*a, name="prepare"), lambda *a: step(*a, name="work"), workers)
+
+
+def test_the_callers_thread_count_stays():
+    before = torch.get_num_threads()
+    counts = []
+    run_groups(range(8), [0, 1], lambda group, slot: [group], lambda piece: counts.append(torch.get_num_threads()), 2)
+    assert torch.get_num_threads() == before
+    assert set(counts) == {max(1, before // 2)}

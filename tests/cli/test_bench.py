@@ -1,0 +1,92 @@
+"""psa-bench: what it measures, writes and refuses."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from psa_diffusers.benchmark import BenchCase, grid_of, measure
+from psa_diffusers.cli.bench import app
+from psa_diffusers.cli.errors import run_command
+from psa_diffusers.config import PSAConfig
+
+SMALL = ["--grid", "2x8x16", "--heads", "2", "--head-dim", "32", "--repeats", "2", "--quiet"]
+
+
+def run(*arguments):
+    return run_command("psa-bench", app, [*SMALL, *arguments])
+
+
+def test_json_rows(capsys):
+    assert run("--compute-budget", "0.2,0.5", "--dtype", "float32,bfloat16", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["compute_budget"], row["dtype"]) for row in rows] == [
+        (0.2, "float32"),
+        (0.5, "float32"),
+        (0.2, "bfloat16"),
+        (0.5, "bfloat16"),
+    ]
+    for row in rows:
+        assert row["tokens"] == 256
+        assert row["backend"] == "torch"
+        assert abs(row["achieved_budget"] - row["compute_budget"]) < 0.1
+        assert row["speedup"] == pytest.approx(row["dense_median"] / row["sparse_median"])
+        assert row["plan_p20"] <= row["plan_median"] <= row["plan_p80"] < row["sparse_p80"]
+        assert row["torch"] == torch.__version__
+    assert rows[1]["relative_error"] < rows[0]["relative_error"] < 1
+
+
+def test_csv_is_appended(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    for _ in range(2):
+        assert run("--csv", str(path)) == 0
+    assert "256" in capsys.readouterr().out
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert rows[0]["grid"] == "2x8x16"
+    assert rows[0]["relative_error"] == rows[1]["relative_error"]
+
+
+def test_foreign_csv_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    assert run("--csv", str(path)) == 2
+    assert "other columns" in capsys.readouterr().err
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "2x8"], "FRAMESxHEIGHTxWIDTH"),
+        (["--compute-budget", "1.5"], "compute_budget"),
+        (["--compute-budget", "much"], "numbers separated by commas"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--device", "nowhere"], "--device must be"),
+        (["--preset", "psa-9"], "no preset 'psa-9'"),
+        (["--preset", "psa-3", "--compute-budget", "0.2"], "compute_budget"),
+        (["--backend", "fast"], "backend"),
+        (["--heads", "0"], "--heads must be at least 1"),
+        (["--csv", "no/such/folder/x.csv"], "there is no folder"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 2
+
+
+def test_whole_budget_has_no_error():
+    config = PSAConfig(compute_budget=1.0)
+    assert measure(BenchCase((2, 8, 16), config, heads=1, head_dim=32), repeats=1)["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 4096, 8192, 16384, 4608])
+def test_grid_of(tokens):
+    frames, height, width = grid_of(tokens)
+    assert frames * height * width == tokens
+    if tokens > 7:
+        assert max(height, width) <= 2 * min(height, width)
