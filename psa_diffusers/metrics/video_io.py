@@ -86,9 +86,11 @@ def write_video(path: str | Path, video: np.ndarray, fps: float) -> None:
             output_params=_H264_OPTIONS,
             ffmpeg_log_level="error",
         )
-        with writer:
+        try:
             for frame in video:
                 writer.append_data(frame)
+        finally:
+            writer.close()  # waits for ffmpeg; "with writer" would leave it writing after an error
 
 
 def read_video(path: str | Path) -> np.ndarray:
