@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -121,9 +122,11 @@ def test_ctrl_c_in_a_real_process(saved_model, prompts, tmp_path):
     command += ["--steps", "300", "--output", out]
     (tmp_path / "dense.yaml").write_text("dense_warmup: 1.0\n")
     command += ["--config", tmp_path / "dense.yaml"]
-    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True, env=os.environ)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell has it ignored
+    command = [str(part) for part in command]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ, preexec_fn=listen)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not finished(out / "001"):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
