@@ -62,7 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; continued when it is of the same weights")
-    parser.add_argument("--limit", type=int, default=100, help="judge the first so many prompts")
+    parser.add_argument("--first", type=int, default=0, help="number of the first prompt to judge, from 0")
+    parser.add_argument("--limit", type=int, default=100, help="number of the prompt to stop before")
     parser.add_argument("--reconstructions", type=int, default=8, help="clips for the VAE's PSNR")
     parser.add_argument("--steps", type=int, help="instead of the model's default")
     parser.add_argument("--guidance", type=float, help="instead of the model's default")
@@ -81,7 +82,7 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "weights": fingerprint(args.model),
-        "settings": {**settings, "seed": args.seed, "dtype": "float32", "device": args.device},
+        "settings": {**settings, "seed": args.seed, "first": args.first, "dtype": "float32", "device": args.device},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -98,7 +99,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     videos = []
     for index, (what, prompt) in enumerate(tqdm(read_eval_prompts()[: args.limit])):
-        if index < len(clips):
+        if index < args.first + len(clips):
             continue
         start = time.monotonic()
         generator = torch.Generator().manual_seed(args.seed + index)

@@ -16,7 +16,7 @@ from psa_diffusers.planning.importance import (
 )
 from psa_diffusers.planning.sampling import draw_samples
 from psa_diffusers.planning.similarity import similarity_cap
-from psa_diffusers.planning.spread import measure_spread
+from psa_diffusers.planning.spread import measure_covariance, measure_spread
 
 CPU = torch.device("cpu")
 
@@ -263,7 +263,8 @@ def errors_of(query, key, value, scale=0.5):
     spread = measure_spread(key, value, None, None, 16, 4)
     importance = sampled_importance(queries, keys, scale=scale, reduction="sum")
     second = centroid_energy(queries, spread.key_mean, spread.key[-1], None, 16, scale=scale)
-    errors = pair_errors(importance, second, queries, spread, scale=scale)
+    covariance = measure_covariance(key, value, spread, None, None)
+    errors = pair_errors(importance, second, queries, spread, covariance, scale=scale)
     return errors, importance, second, spread
 
 
@@ -277,7 +278,16 @@ def test_pair_errors_by_their_definition():
     distance = torch.cdist(output, spread.value_mean.double()).square()
     attention = (importance.energy.double() * second.double()) ** (0.75 / 2)
     lost = (1 - torch.exp(-variance / 2)) ** 2 * distance
-    expected = attention * (0.1 * variance * spread.value.double()[:, :, :, None, :] + lost)
+    product = variance * spread.value.double()[:, :, :, None, :]
+    # What pooling all blocks would take from the output, and the share of it that a level takes.
+    keys, values = (x.double().unflatten(1, (3, 16)) for x in (key, value))
+    keys, values = keys - keys.mean(2, keepdim=True), values - values.mean(2, keepdim=True)
+    covariance = torch.einsum("bnthd,bnthe->bhde", values, keys) / 48
+    moved = torch.einsum("bqthe,bhde->bhqtd", query.double().unflatten(1, (2, 16)), covariance) * 0.5
+    shares = importance.score.double() / importance.score.double().sum(-1, keepdim=True)
+    coherent = shares * moved.square().sum(-1).mean(-1)[..., None] * (product / product[-1]).clamp(max=1).sqrt()
+    unit = output.square().sum(-1).mean(-1)[:, :, None, None]
+    expected = (attention * (0.1 * product + lost) + coherent) / unit
     torch.testing.assert_close(errors.double(), expected, rtol=1e-3, atol=1e-9)
 
 
