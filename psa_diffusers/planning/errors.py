@@ -9,9 +9,9 @@ Both are weighed with the attention that the block gets. The errors of different
 squares add up: a pair's error is attention^2 x ((1 - exp(-s / 2))^2 |value - output|^2 + c s |value spread|^2).
 
 One part is not independent. Keys and values are projections of the same tokens, so that in heads whose tokens differ
-like noise the covariance of values with keys, C, is alike in all blocks: then pooling takes C q from the output whatever
-the block, and errors add up instead of averaging out. With all blocks pooled that is |C q|^2; a pair's share of it is
-linear in its attention, times how much of the covariance its level loses. First layers of trained models have such heads.
+like noise the covariance of values with keys, C, is alike in all blocks: pooling then takes C q from the output
+whatever the block, and errors add up instead of averaging out. With all blocks pooled that is |C q|^2; a pair's share
+of it is linear in its attention, times how much of the covariance its level loses. First layers have such heads.
 
 How well that does is decided by the estimate of attention^2, since the mean over a block's queries rests on the few
 that attend most: with the true values the error model comes within a tenth of the exact first-order errors, with those
