@@ -64,8 +64,8 @@ def measure_covariance(
             real = (place < key_lengths[:, None])[:, :, None, None]
             parts = [torch.where(real, part, 0.0) for part in parts]
         total += parts[0].permute(0, 2, 3, 1) @ parts[1].transpose(1, 2)
-    weights = spread.key_mean.new_ones(1, spread.key_mean.shape[2]) if counts is None else counts.to(torch.float32)
-    weights = weights if counts is not None else weights * (length // weights.shape[1])
+    blocks = spread.key_mean.shape[2]
+    weights = spread.key_mean.new_full((1, blocks), length // blocks) if counts is None else counts.to(torch.float32)
     between = (spread.value_mean * weights[:, None, :, None]).transpose(2, 3) @ spread.key_mean
     return (total - between) / weights.sum(1).clamp(min=1.0)[:, None, None, None]
 

@@ -91,6 +91,29 @@ def test_spread_of_constant_blocks_is_exactly_zero():
 
 
 @pytest.mark.parametrize("setting", CASES)
+def test_covariance_is_that_of_the_deviations_from_the_blocks_means(setting):
+    key, order, lengths = case(**setting)
+    value, length = key.roll(1, -1) + tokens(3, setting["length"], seed=5), setting["length"]
+    if lengths is not None:  # padding may hold anything
+        for sample, limit in enumerate(lengths):
+            key[sample, limit:] = value[sample, limit:] = math.nan
+    real = real_of(length, 16, order, lengths)
+    counts = unpadded_positions(length, 16, CPU).sum(2) if real is None and length % 16 else None
+    counts = counts if real is None else real.sum(2)
+    spread = measure_spread(key, value, order, real, 16, 4)
+    got = measure_covariance(key, value, spread, counts, None if lengths is None else torch.tensor(lengths))
+    keys, values = blocks_of(key, 16, order, lengths), blocks_of(value, 16, order, lengths)
+    for sample in range(3):
+        expected, count = torch.zeros(2, 8, 8, dtype=torch.float64), 0
+        for (key_rows, _), (value_rows, _) in zip(keys[sample], values[sample], strict=True):
+            if len(key_rows):
+                deviations = [rows - rows.mean(0) for rows in (value_rows, key_rows)]
+                expected += torch.einsum("thd,the->hde", *deviations)
+                count += len(key_rows)
+        torch.testing.assert_close(got[sample].double(), expected / max(count, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", CASES)
 def test_all_tokens_sampled_give_the_exact_shares(setting):
     key, order, lengths = case(**setting)
     query, length = tokens(3, 40, seed=9), setting["length"]
