@@ -28,6 +28,7 @@ def attend_triton(
     *,
     scale: float,
     logit_correction: str = "none",
+    value_correction: str = "none",
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, on a GPU. No gradients.
@@ -52,6 +53,8 @@ def attend_triton(
     """
     if obstacle := why_unsupported(query, plan):
         raise ValueError(f"attend_triton: {obstacle}; use backend='torch' or backend='reference'.")
+    if value_correction != "none":
+        raise NotImplementedError("attend_triton: no value_correction yet; use backend='torch', or \"none\".")
     lists = read_lists(plan, query.device)
     out, lse = launch_attention(
         query,
