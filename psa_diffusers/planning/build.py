@@ -21,7 +21,7 @@ from .levels import cap_levels, threshold_levels, topk_levels
 from .plan import Plan
 from .sampling import Samples, draw_samples
 from .similarity import similarity_cap
-from .spread import Spread, measure_covariance, measure_spread
+from .spread import Spread, measure_spread
 from .validation import (
     check_full_tokens,
     check_grid,
@@ -173,7 +173,6 @@ class _Planner:
             config.kv_block_size,
             scale=self.scale,
         )
-        covariance = measure_covariance(self.key, self.value, spread, self._key_counts(), self.lengths)
         # A few heads at a time: errors and prices in float32 would be many times the level mask.
         pairs, prices = importance.score[:, 0].numel(), []
         step = max(1, (2**17 if importance.score.device.type == "cpu" else 2**22) // pairs)
@@ -184,7 +183,6 @@ class _Planner:
                 second[:, heads],
                 samples.of_heads(heads),
                 spread.of_heads(heads),
-                covariance[:, heads],
                 scale=self.scale,
             )
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
