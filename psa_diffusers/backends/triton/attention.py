@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .covariance import Covariance
 from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .pyramid import Pyramid, strided_pointers
@@ -41,7 +42,7 @@ def _packed_rows(
     LOG_KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Packed rows behind the flat rows [BN]: level, then block by the list, then row inside the block.
+    """Packed rows behind the flat rows [BN], and their levels: level, then block by the list, then row inside the block.
 
     Counting rows, not blocks, decouples a tile from the blocks: a tile of BN rows spans as many blocks as it needs, of
     several levels if need be, and only the last tile of a query block is partly empty. Lanes past ``total`` get the
@@ -50,6 +51,7 @@ def _packed_rows(
     row_start = tl.zeros_like(flat_row)
     list_start = tl.zeros_like(flat_row)
     section = tl.zeros_like(flat_row)  # first packed row of the level
+    row_level = tl.zeros_like(flat_row) + 1
     shift = tl.zeros_like(flat_row) + LOG_KV_BLOCK  # log2 of the level's rows a block
     for level in tl.static_range(2, LEVELS + 2):
         reached = flat_row >= row_starts[level - 2]
@@ -57,11 +59,12 @@ def _packed_rows(
         list_start = tl.where(reached, list_starts[level - 2], list_start)
         section = tl.where(reached, kv_blocks * ((2 << LOG_KV_BLOCK) - (2 << LOG_KV_BLOCK >> (level - 1))), section)
         shift = tl.where(reached, LOG_KV_BLOCK - level + 1 if level <= LEVELS else 0, shift)
+        row_level = tl.where(reached, level, row_level)
     local = flat_row - row_start
     live = flat_row < total
     block = tl.load(blocks + list_start + (local >> shift), mask=live, other=0).to(tl.int32)
     row = section + (block << shift) + (local & ((1 << shift) - 1))
-    return tl.where(live, row, empty_row)
+    return tl.where(live, row, empty_row), row_level
 
 
 @triton.jit
@@ -84,12 +87,52 @@ def _half_variance(query, variance, scale, cap, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _add_covariance(
+    accumulator,
+    lost,
+    query,
+    query_strides,
+    batch,
+    head,
+    token,
+    is_query,
+    matrix,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accumulator [BM, BD] + scale * lost * (matrix q): ``lost`` [BM], ``matrix`` [values, keys] of one head."""
+    value_channel = tl.arange(0, BLOCK_D)
+    accumulator = accumulator / scale
+    for start in range(0, HEAD_DIM, CHUNK):
+        channel = start + tl.arange(0, CHUNK)
+        inside = channel < HEAD_DIM
+        rows = tl.load(
+            strided_pointers(query, query_strides, batch, head, token, channel),
+            mask=is_query[:, None] & inside[None, :],
+            other=0.0,
+        )  # [BM, CHUNK]
+        columns = tl.load(
+            matrix + value_channel[:, None] * HEAD_DIM + channel[None, :],
+            mask=(value_channel < HEAD_DIM)[:, None] & inside[None, :],
+            other=0.0,
+        )  # [BD, CHUNK]
+        rows = (rows * lost[:, None]).to(columns.dtype)
+        accumulator = tl.dot(rows, tl.trans(columns), accumulator, input_precision=PRECISION)
+    return accumulator * scale
+
+
+@triton.jit
 def attention_kernel(
     query,
     packed_key,
     packed_value,
     bias,
     variance,
+    covariance,
+    covariance_factors,
     blocks,
     counts,
     launch_order,
@@ -111,6 +154,7 @@ def attention_kernel(
     LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp)."""
@@ -143,9 +187,16 @@ def attention_kernel(
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_lost = tl.zeros([BLOCK_M], tl.float32)  # weights times the share of the covariance that their level lost
+    if covariance is not None:
+        covariance += (batch * heads + head) * HEAD_DIM * HEAD_DIM
+        covariance_factors += (batch * heads + head) * (LEVELS + 1)
+        # Normalised by the largest, as the matrix is: what is left of it is at most 1.
+        largest = tl.load(covariance_factors + LEVELS)
+        largest = tl.where(largest > 0.0, largest, 1.0)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_N):
-        packed_row = _packed_rows(
+        packed_row, row_level = _packed_rows(
             start + tl.arange(0, BLOCK_N),
             total,
             row_starts,
@@ -169,13 +220,34 @@ def attention_kernel(
         weights = tl.exp2(logits - finite_max[:, None])
         rescale = tl.exp2(running_max - finite_max)
         running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+        if covariance is not None:
+            row_factor = tl.load(covariance_factors + row_level - 1) / largest
+            running_lost = running_lost * rescale + tl.sum(weights * row_factor[None, :], axis=1)
         running_max = new_max
         value_tile = _load_packed(packed_value, packed_row, channel, HEAD_DIM, BLOCK_D)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION)
 
     is_empty = running_sum == 0.0
-    accumulator = accumulator / tl.where(is_empty, 1.0, running_sum)[:, None]
+    divisor = tl.where(is_empty, 1.0, running_sum)
+    accumulator = accumulator / divisor[:, None]
+    if covariance is not None:
+        accumulator = _add_covariance(
+            accumulator,
+            running_lost / divisor,
+            query,
+            query_strides,
+            batch,
+            head,
+            token,
+            is_query,
+            covariance,
+            scale * largest,
+            HEAD_DIM,
+            BLOCK_D,
+            CHUNK_D,
+            PRECISION,
+        )
     outputs = strided_pointers(out, out_strides, batch, head, token, channel)
     tl.store(outputs, accumulator.to(out.dtype.element_ty), mask=query_mask)
     if lse is not None:
@@ -190,6 +262,7 @@ def attention_launch(
     pyramid: Pyramid,
     lists: ReadLists,
     layout: PyramidLayout,
+    covariance: Covariance | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -206,6 +279,8 @@ def attention_launch(
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
         "variance": pyramid.variance,
+        "covariance": covariance and covariance.matrix,
+        "covariance_factors": covariance and covariance.factors,
         "blocks": lists.blocks,
         "counts": lists.counts,
         "launch_order": lists.launch_order,
@@ -227,6 +302,7 @@ def attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "CHUNK_D": min(32, padded_head_dim(head_dim)),
         "PRECISION": "ieee",
     }
     grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)

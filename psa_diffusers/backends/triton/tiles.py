@@ -28,6 +28,15 @@ class PyramidTile:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class CovarianceTile:
+    """Channels of values and of keys, and merges, that one program of the covariance kernel multiplies at a time."""
+
+    channels: int
+    rows: int
+    num_warps: int
+
+
 def attention_tile(
     target: str, head_dim: int, dtype: torch.dtype, query_block_size: int, with_variance: bool = False
 ) -> AttentionTile:
@@ -78,6 +87,13 @@ def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False)
     """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
     numbers = 4096 if with_variance else 8192
     return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
+
+
+def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
+    """At most 64 accumulators a thread; exact float32 products hold their operands in registers as well."""
+    if dtype == torch.float32:
+        return CovarianceTile(min(padded_head_dim(head_dim), 64), 16, 8)
+    return CovarianceTile(min(padded_head_dim(head_dim), 128), 32, 8)
 
 
 def padded_head_dim(head_dim: int) -> int:
