@@ -65,7 +65,14 @@ def pyramid_sparse_attention(
     backend, _ = choose_backend(config.backend, probe, plan)
     attend = get_backend(backend)
     out, lse = attend(
-        query, key, value, plan, scale=scale, logit_correction=config.logit_correction, return_lse=return_lse
+        query,
+        key,
+        value,
+        plan,
+        scale=scale,
+        logit_correction=config.logit_correction,
+        value_correction=config.value_correction or "none",  # None: the rule has no say in it
+        return_lse=return_lse,
     )
     return (out, lse) if return_lse else out
 

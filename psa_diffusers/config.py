@@ -13,11 +13,13 @@ import yaml
 RULES = ("budget", "threshold", "topk")
 IMPORTANCES = ("sampled", "antidiagonal", "pooled")
 REDUCTIONS = ("sum", "max")
-CORRECTIONS = ("none", "variance")
+LOGIT_CORRECTIONS = ("none", "variance")
+VALUE_CORRECTIONS = ("none", "covariance")
 ORDERS = ("gilbert", "raster")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 DEFAULT_COMPUTE_BUDGET = 0.15
+DEFAULT_VALUE_CORRECTION = "none"
 # The paper's multi-level thresholds and its best top-k shares (PSA-3), section 4.4.
 DEFAULT_LEVEL_THRESHOLDS = (0.7, 0.8, 0.9, 0.9)
 DEFAULT_LEVEL_FRACTIONS = (0.15, 0.10, 0.20, 0.0)
@@ -56,6 +58,9 @@ class PSAConfig:
         sampled_queries, sampled_keys: Tokens sampled a block by ``"sampled"``.
         logit_correction: ``"variance"`` adds half the (clamped) variance of a pooled group's logits to its bias;
             ``"none"`` is the published method.
+        value_correction: ``"covariance"`` gives pooled blocks the covariance of values and keys back that pooling takes
+            from the output, one matrix a head (see :mod:`~psa_diffusers.backends.reference`); ``"none"`` is the
+            published method, and the default. Belongs to the ``budget`` rule, which reads every block.
         order: Order of the video tokens in blocks: ``"gilbert"`` keeps a block compact in time and space;
             ``"raster"`` keeps the model's own order.
         dense_warmup: Share of the denoising steps, from the first, that stay dense. Rounded up to whole steps.
@@ -82,6 +87,7 @@ class PSAConfig:
     sampled_queries: int = 16
     sampled_keys: int = 8
     logit_correction: str = "none"
+    value_correction: str | None = None
     order: str = "gilbert"
     dense_warmup: float = 0.25
     dense_last: float = 0.0
@@ -127,7 +133,7 @@ class PSAConfig:
             "rule": RULES,
             "importance": IMPORTANCES,
             "importance_reduction": REDUCTIONS,
-            "logit_correction": CORRECTIONS,
+            "logit_correction": LOGIT_CORRECTIONS,
             "order": ORDERS,
             "backend": BACKENDS,
         }
@@ -144,12 +150,13 @@ class PSAConfig:
         _require(self.kv_block_size > coarsest, "kv_block_size", rule, self.kv_block_size)
 
     def _check_rule(self) -> None:
-        owned = {
-            "budget": ("compute_budget", DEFAULT_COMPUTE_BUDGET),
-            "threshold": ("level_thresholds", DEFAULT_LEVEL_THRESHOLDS),
-            "topk": ("level_fractions", DEFAULT_LEVEL_FRACTIONS),
-        }
-        for rule, (name, default) in owned.items():
+        owned = (
+            ("budget", "compute_budget", DEFAULT_COMPUTE_BUDGET),
+            ("budget", "value_correction", DEFAULT_VALUE_CORRECTION),
+            ("threshold", "level_thresholds", DEFAULT_LEVEL_THRESHOLDS),
+            ("topk", "level_fractions", DEFAULT_LEVEL_FRACTIONS),
+        )
+        for rule, name, default in owned:
             value = getattr(self, name)
             if rule != self.rule:
                 _require(
@@ -181,6 +188,10 @@ class PSAConfig:
         rule = f"at least 1 / kv_block_size = {minimum:g}, one centroid a block; raise it or use larger kv blocks"
         _require(budget >= minimum, "compute_budget", rule, budget)
         self._set("compute_budget", float(budget))
+        correction = self.value_correction
+        _require(
+            correction in VALUE_CORRECTIONS, "value_correction", f"one of {', '.join(VALUE_CORRECTIONS)}", correction
+        )
 
     def _check_shares(self, name: str, count: int) -> None:
         values = getattr(self, name)

@@ -59,8 +59,9 @@ def test_backends_agree(qkv, plan):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_logit_correction_reaches_the_backend(qkv, plan):
-    config = dataclasses.replace(CONFIG, logit_correction="variance")
+@pytest.mark.parametrize("correction", [{"logit_correction": "variance"}, {"value_correction": "covariance"}], ids=str)
+def test_corrections_reach_the_backend(qkv, plan, correction):
+    config = dataclasses.replace(CONFIG, **correction)
     plain, corrected = (pyramid_sparse_attention(*qkv, c, plan=plan) for c in (CONFIG, config))
     assert not torch.equal(plain, corrected)
 

@@ -55,6 +55,7 @@ def test_every_field_of_the_full_example_differs_from_the_default():
     """So that the round trips below would notice any field that is lost."""
     same = [f.name for f in dataclasses.fields(PSAConfig) if getattr(FULL, f.name) == getattr(PSAConfig(), f.name)]
     assert same == ["level_fractions"]  # of another rule, so None in both
+    assert PSAConfig().value_correction == "none" and FULL.value_correction is None
 
 
 @pytest.mark.parametrize("config", [PSAConfig(), FULL, PSAConfig(rule="topk"), PSAConfig(compute_budget=1)])
@@ -95,6 +96,8 @@ BAD = [
     ({"importance": "magic"}, "importance must be one of"),
     ({"importance_reduction": "mean"}, "importance_reduction must be one of sum, max"),
     ({"logit_correction": "some"}, "logit_correction must be one of"),
+    ({"value_correction": "some"}, "value_correction must be one of none, covariance"),
+    ({"value_correction": "covariance", "rule": "topk"}, "only rule='budget' reads it"),
     ({"order": "hilbert"}, "order must be one of gilbert, raster"),
     ({"backend": "cuda"}, "backend must be one of"),
     ({"query_block_size": 100}, "query_block_size must be a power of two"),

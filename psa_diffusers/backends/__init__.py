@@ -2,7 +2,8 @@
 
 Every backend has one signature::
 
-    attend(query, key, value, plan, *, scale, logit_correction="none", return_lse=False) -> (out, lse or None)
+    attend(query, key, value, plan, *, scale, logit_correction="none", value_correction="none", return_lse=False)
+        -> (out, lse or None)
 """
 
 from __future__ import annotations

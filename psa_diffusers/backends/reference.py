@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..planning.plan import Plan
+from .covariance import Covariance, counted_blocks, covariance_of_levels
 
 
 class PyramidRows(NamedTuple):
@@ -30,6 +31,7 @@ def attend_reference(
     *,
     scale: float,
     logit_correction: str = "none",
+    value_correction: str = "none",
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the levels that the plan names (arXiv 2512.04025, equations 2 to 5). Differentiable.
@@ -41,12 +43,19 @@ def attend_reference(
     distributed logits x with independent channels. For n such logits it holds as long as half their variance is below
     ln(n); beyond, the largest logit alone decides, and the formula would overrate the group: hence the clamp.
 
+    With ``value_correction="covariance"`` the covariance of values with keys, one matrix C a head, is given back to
+    pooled groups, as :mod:`~psa_diffusers.backends.covariance` says. C is that of whole kv blocks, level
+    ``num_levels + 1``: the mean of ``(v - mean of its block) (k - mean of its block)^T`` over the real tokens of the
+    blocks that all queries of the head read. C_h, the same of the groups of level h, loses the share
+    ``<C_h, C> / <C, C>``, clamped to [0, 1]; level 1 loses nothing.
+
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
         key, value: [batch, key_length, heads, head_dim].
         plan: What each block of queries reads. Read with its order and its key_lengths.
         scale: Factor of the logits, usually ``head_dim ** -0.5``.
         logit_correction: ``"none"`` (the paper) or ``"variance"``.
+        value_correction: ``"none"`` (the paper) or ``"covariance"``.
         return_lse: Also return the logarithm of the softmax denominators.
 
     Returns:
@@ -57,16 +66,24 @@ def attend_reference(
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     real = plan.real_keys()
     tokens = slice(None) if plan.order is None else plan.order.to(query.device)
+    counted = counted_blocks(plan) if value_correction == "covariance" else None
     outputs, sums = [], []
     for sample in range(query.shape[0]):
         for head in range(query.shape[2]):
             head_key, head_value = key[sample, tokens, head], value[sample, tokens, head]
             is_real = head_key.new_ones(len(head_key), dtype=torch.bool) if real is None else real[sample]
             rows = pyramid_rows(head_key, head_value, is_real, plan.kv_block_size, plan.num_levels, precise)
+            covariance = None
+            if counted is not None:
+                inside = counted[sample, head].repeat_interleave(plan.kv_block_size)[: len(head_key)] & is_real
+                covariance = head_covariance(
+                    head_key.to(precise), head_value.to(precise), inside, plan.kv_block_size, plan.num_levels
+                )
             blocks = query[sample, tokens, head].split(plan.query_block_size)
             for block, levels in zip(blocks, plan.level_mask[sample, head], strict=True):
                 read = (levels[rows.block] == rows.level) & (rows.count > 0)
-                output, lse = _attend_block(block, PyramidRows(*(item[read] for item in rows)), scale, logit_correction)
+                read_rows = PyramidRows(*(item[read] for item in rows))
+                output, lse = _attend_block(block, read_rows, scale, logit_correction, covariance)
                 outputs.append(output)
                 sums.append(lse)
     batch, length, heads, head_dim = query.shape
@@ -104,14 +121,30 @@ def _groups(tokens: Tensor, size: int) -> Tensor:
 
 def _mean_and_variance(tokens: Tensor, real: Tensor, count: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean and population variance over the real tokens of each group, [groups, head_dim] both; 0 without any."""
+    mean, deviation = _deviations(tokens, real, count, size)
+    return mean, _groups(deviation**2, size).sum(1) / count.clamp(min=1)[:, None]
+
+
+def _deviations(tokens: Tensor, real: Tensor, count: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean over the real tokens of each group [groups, head_dim], and how far each token is from it, 0 if not real."""
     real = real[:, None]
-    divisor = count.clamp(min=1)[:, None]
-    mean = _groups(torch.where(real, tokens, 0), size).sum(1) / divisor
-    deviation = torch.where(real, tokens - mean.repeat_interleave(size, 0)[: len(tokens)], 0)
-    return mean, _groups(deviation**2, size).sum(1) / divisor
+    mean = _groups(torch.where(real, tokens, 0), size).sum(1) / count.clamp(min=1)[:, None]
+    return mean, torch.where(real, tokens - mean.repeat_interleave(size, 0)[: len(tokens)], 0)
 
 
-def _attend_block(query: Tensor, rows: PyramidRows, scale: float, logit_correction: str) -> tuple[Tensor, Tensor]:
+def head_covariance(key: Tensor, value: Tensor, counted: Tensor, kv_block_size: int, num_levels: int) -> Covariance:
+    """C and shares of key and value [key_length, head_dim] in block order; counted is bool [key_length]."""
+    levels = []
+    for size in [2**level for level in range(1, num_levels)] + [kv_block_size]:
+        count = _groups(counted.to(key.dtype), size).sum(1)
+        key_gap, value_gap = (_deviations(tokens, counted, count, size)[1] for tokens in (key, value))
+        levels.append(value_gap.mT @ key_gap / counted.sum().clamp(min=1))
+    return covariance_of_levels(torch.stack(levels))
+
+
+def _attend_block(
+    query: Tensor, rows: PyramidRows, scale: float, logit_correction: str, covariance: Covariance | None
+) -> tuple[Tensor, Tensor]:
     """Output [queries, head_dim] and lse [queries] of one block of queries over the rows that it reads."""
     precise = rows.variance.dtype
     if len(rows.key) == 0:
@@ -123,4 +156,9 @@ def _attend_block(query: Tensor, rows: PyramidRows, scale: float, logit_correcti
         logits = logits + torch.minimum(half_variance, log_count)
     lse = logits.logsumexp(-1)
     weights = (logits - lse[:, None]).exp()
-    return weights.to(rows.value.dtype) @ rows.value, lse
+    output = weights.to(rows.value.dtype) @ rows.value
+    if covariance is not None:
+        mass = weights @ covariance.shares[rows.level]
+        correction = (query.to(precise) @ covariance.matrix.mT) * (scale * mass[:, None])
+        output = (output.to(precise) + correction).to(output.dtype)
+    return output, lse

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..planning.plan import Plan
+from .covariance import counted_blocks
 from .products import linear
 from .pyramids import HeadPyramid, Layout, build_head_pyramid
 from .workers import run_groups, thread_count
@@ -29,6 +30,7 @@ def attend_torch(
     *,
     scale: float,
     logit_correction: str = "none",
+    value_correction: str = "none",
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, fast on CPUs. No gradients.
@@ -42,13 +44,14 @@ def attend_torch(
         plan: What each block of queries reads.
         scale: Factor of the logits, usually ``head_dim ** -0.5``.
         logit_correction: ``"none"`` (the paper) or ``"variance"``.
+        value_correction: ``"none"`` (the paper) or ``"covariance"``.
         return_lse: Also return the logarithm of the softmax denominators.
 
     Returns:
         Output like ``query`` (contiguous), and lse [batch, heads, query_length] (natural logarithm; float64 for float64
         inputs, else float32) or None. A query with nothing to read gets output 0 and lse -inf.
     """
-    call = _Call(query, key, value, plan, scale, return_lse)
+    call = _Call(query, key, value, plan, scale, value_correction == "covariance", return_lse)
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
     workers = thread_count(query.device)
     # One head is worked on while the next is prepared, where that does not take too much memory beside K and V.
@@ -81,6 +84,7 @@ class _Call:
         value: Tensor,
         plan: Plan,
         scale: float,
+        with_covariance: bool,
         return_lse: bool,
     ) -> None:
         batch, length, heads, _ = query.shape
@@ -89,6 +93,7 @@ class _Call:
         self.precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.order = None if plan.order is None else plan.order.to(query.device)
         self.real = plan.real_keys()
+        self.counted = counted_blocks(plan) if with_covariance else None
         tokens = torch.arange(length, device=query.device) if self.order is None else self.order
         self.positions = tokens.split(plan.query_block_size)
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -104,7 +109,10 @@ class _Call:
         sample, head = place
         real = None if self.real is None else self.real[sample]
         key, value = self.key[sample, :, head], self.value[sample, :, head]
-        pyramid = build_head_pyramid(key, value, self.layout, tables, self.scale, order=self.order, real=real)
+        counted = None if self.counted is None else self.counted[sample, head]
+        pyramid = build_head_pyramid(
+            key, value, self.layout, tables, self.scale, order=self.order, real=real, counted=counted
+        )
         reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
         query, out = self.query[sample, :, head], self.out[sample, :, head]
         lse = None if self.lse is None else self.lse[sample, head]
@@ -140,7 +148,11 @@ def _attend(queries: Tensor, rows: Tensor, pyramid: HeadPyramid, with_lse: bool)
         logits += torch.minimum(half_variance, bias)
     lse = logits.logsumexp(-1) if with_lse else None
     weights = torch.softmax(logits, -1, out=logits)
-    return linear(weights, value.index_select(0, rows).t()), lse
+    out = linear(weights, value.index_select(0, rows).t())
+    if pyramid.covariance is not None:
+        mass = weights @ pyramid.row_shares.index_select(0, rows)
+        out += linear(queries, pyramid.covariance).mul_(mass[:, None])
+    return out, lse
 
 
 def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:

@@ -209,6 +209,16 @@ def check_variance_correction(attend, case: Case) -> None:
         assert_agrees_with_reference(attend, case, inputs, make_plan(case), logit_correction="variance")
 
 
+def check_value_correction(attend, case: Case) -> None:
+    """3c. The same with the covariance of values and keys given back: every block read, and with blocks left out."""
+    key_lengths = [max(1, case.key_length - 3 * sample - 5) for sample in range(case.batch)]
+    for seed, (lowest, lengths) in enumerate(((1, None), (0, None), (1, key_lengths))):
+        query, key, value = make_inputs(case, seed)
+        value = (value + key.roll(1, -1)).to(case.dtype)  # values that depend on keys, as in a model
+        plan = make_plan(case, seed=seed, lowest=lowest, key_lengths=lengths)
+        assert_agrees_with_reference(attend, case, (query, key, value), plan, value_correction="covariance")
+
+
 def check_empty_rows(attend, case: Case) -> None:
     """5. A block of queries with nothing to read gets output 0 and lse -inf; its neighbours get theirs."""
     inputs, plan = make_inputs(case), make_plan(case, lowest=1)
@@ -228,14 +238,15 @@ def check_isolation(attend, case: Case) -> None:
     last = plan.kv_blocks - 1
     plan.level_mask[:, :, 0] = 1 if last else 0
     plan.level_mask[:, :, 0, last] = 0
-    clean, clean_lse = attend(*inputs, plan, scale=case.scale, return_lse=True)
+    options = {"scale": case.scale, "value_correction": "covariance", "return_lse": True}
+    clean, clean_lse = attend(*inputs, plan, **options)
     order = torch.arange(case.key_length) if plan.order is None else plan.order
     poisoned = order[last * case.kv_block_size :]
     for poison in (torch.nan, torch.inf, -torch.inf):
         query, key, value = (tensor.clone() for tensor in inputs)
         key[:, poisoned] = poison
         value[:, poisoned] = poison
-        out, lse = attend(query, key, value, plan, scale=case.scale, return_lse=True)
+        out, lse = attend(query, key, value, plan, **options)
         for sample, head, block in itertools.product(range(case.batch), range(case.heads), range(plan.query_blocks)):
             if plan.level_mask[sample, head, block, last] == 0:
                 rows = positions_of_block(plan, block)
@@ -314,6 +325,7 @@ CHECKS = (
     check_pooled_levels,
     check_random_plans,
     check_variance_correction,
+    check_value_correction,
     check_empty_rows,
     check_isolation,
     check_block_order,

@@ -14,12 +14,53 @@ def test_conforms(check, case):
     check(attend_reference, case)
 
 
+def test_value_correction_by_its_formula():
+    """Written out token by token: blocks of 4 of 10 tokens, the last short; one head; each level in turn."""
+    case = conformance.Case(torch.float64, 3, 10, 10, 16, 4, 2, heads=1)
+    query, key, value = conformance.make_inputs(case)
+    value = value + key
+    centroid, half = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for size, total in ((4, centroid), (2, half)):
+        for start in range(0, 10, size):
+            tokens = range(start, min(start + size, 10))
+            keys, values = (torch.stack([rows[0, token, 0] for token in tokens]) for rows in (key, value))
+            for number in range(len(tokens)):
+                total += torch.outer(values[number] - values.mean(0), keys[number] - keys.mean(0)) / 10
+    share = (half * centroid).sum() / (centroid * centroid).sum()
+    assert 0 < share < 1
+    for level, lost in ((1, 0.0), (2, share), (3, 1.0)):
+        plan = conformance.make_plan(case, level=level)
+        plain, plain_lse = attend_reference(query, key, value, plan, scale=0.7, return_lse=True)
+        found, lse = attend_reference(
+            query, key, value, plan, scale=0.7, value_correction="covariance", return_lse=True
+        )
+        expected = plain + 0.7 * lost * (query @ centroid.mT)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(lse, plain_lse)
+
+
+def test_value_correction_brings_pooled_noise_closer_to_dense():
+    """What it is for: keys and values that are projections of the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 2048, 1, 32, generator=generator, dtype=torch.float64)
+    key, value = (tokens @ torch.randn(32, 32, generator=generator, dtype=torch.float64) / 32**0.5 for _ in range(2))
+    query = torch.randn(1, 64, 1, 32, generator=generator, dtype=torch.float64)
+    case = conformance.Case(torch.float64, 32, 64, 2048, 64, 64, 4, heads=1)
+    dense, _ = attend_reference(query, key, value, conformance.make_plan(case, level=1), scale=0.1)
+    errors = []
+    for correction in ("none", "covariance"):
+        plan = conformance.make_plan(case, level=5)
+        out, _ = attend_reference(query, key, value, plan, scale=0.1, value_correction=correction)
+        errors.append(((out - dense).norm() / dense.norm()).item())
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_gradients():
     case = conformance.Case(torch.float64, 4, 10, 10, 4, 4, 2, heads=1, order=True)
     plan = conformance.make_plan(case)
     plan.level_mask[:, :, 0] = 0
     inputs = [tensor.requires_grad_() for tensor in conformance.make_inputs(case)]
-    for correction in ("none", "variance"):
+    for options in ({}, {"logit_correction": "variance"}, {"value_correction": "covariance"}):
         assert torch.autograd.gradcheck(
-            lambda *tensors, c=correction: attend_reference(*tensors, plan, scale=0.5, logit_correction=c)[0], inputs
+            lambda *tensors, options=options: attend_reference(*tensors, plan, scale=0.5, **options)[0], inputs
         )

@@ -1,0 +1,50 @@
+"""The value correction: what pooling takes from an output through the covariance of values with keys, given back.
+
+A group of keys k and values v with means K and V answers a query q, to first order in the deviations of its logits,
+with ``V + scale * C q``, where C is the covariance of the group's values with its keys, ``mean((v - V) (k - K)^T)``.
+Reading the group pooled leaves the second part out. Keys and values are projections of the same tokens; where these
+differ like noise, as in a model's first layers, C is alike in all groups, and what is left out adds up over all pooled
+groups instead of averaging out. So one C a head, the mean over its blocks, is given back in proportion to the
+attention that pooled groups get::
+
+    out_q = sum_j w_qj v_j  +  scale * (sum_j w_qj share[level of j]) * C q
+
+over the rows j that q reads, with softmax weights w. A level that pools less loses less, which its share says.
+
+Not part of the published method (arXiv 2512.04025). ``scripts/covariance_experiment.py`` measures it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..planning.plan import Plan
+
+
+class Covariance(NamedTuple):
+    """Of one head."""
+
+    matrix: Tensor  # [head_dim (of values), head_dim (of keys)]: C, of whole kv blocks
+    shares: Tensor  # [num_levels + 2]: how much of C each level loses, in [0, 1]: skip, 1 .. num_levels, centroid
+
+
+def counted_blocks(plan: Plan) -> Tensor:
+    """bool [batch, heads, kv_blocks]: blocks that count in C, those that every block of queries reads.
+
+    What some queries skip must not reach them, not even through a mean.
+    """
+    return (plan.level_mask > 0).all(2)
+
+
+def covariance_of_levels(levels: Tensor) -> Covariance:
+    """C and shares from [num_levels, head_dim, head_dim], the covariances of levels 2 .. num_levels and the centroid.
+
+    The share of C_h is its inner product with C over that of C with itself: what is left of C_h along C.
+    """
+    whole = levels[-1]
+    power = whole.square().sum()
+    shares = torch.where(power > 0, (levels * whole).sum((1, 2)) / power, 0.0).clamp(0.0, 1.0)
+    return Covariance(whole, torch.cat([shares.new_zeros(2), shares]))
