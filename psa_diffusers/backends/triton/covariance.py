@@ -42,8 +42,8 @@ def _tokens(bias, row, mask):
 def _pairs(item, bias, live, level, kv_blocks, LOG_KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
     """Two packed rows and a weight for each of a level's merges [items].
 
-    Merging two groups of n and m tokens adds n m / (n + m) times the product of the differences of their means. The rows
-    of the coarsest level are compared with their block's centroid instead, each weighing its tokens: the same sum.
+    Merging two groups of n and m tokens adds n m / (n + m) times the product of the differences of their means. The
+    rows of the coarsest level are compared with their block's centroid instead, each weighing its tokens: the same sum.
     """
     rows = 1 << (LOG_KV_BLOCK + 1 - level)  # of the level, a block
     section = kv_blocks * ((2 << LOG_KV_BLOCK) - 2 * rows)
@@ -166,7 +166,7 @@ def covariance_finish_kernel(
     largest = tl.where(largest < 1e-30, 1.0, largest)
 
     inner = ()
-    for level in tl.static_range(0, LEVELS):
+    for _level in tl.static_range(0, LEVELS):
         inner += (tl.zeros([SLAB, BLOCK_D], tl.float32),)
     for start in range(0, BLOCK_D, SLAB):
         row = start + slab

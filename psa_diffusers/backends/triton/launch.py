@@ -55,8 +55,6 @@ def attend_triton(
     """
     if obstacle := why_unsupported(query, plan):
         raise ValueError(f"attend_triton: {obstacle}; use backend='torch' or backend='reference'.")
-    if value_correction != "none":
-        raise NotImplementedError("attend_triton: no value_correction yet; use backend='torch', or \"none\".")
     lists = read_lists(plan, query.device)
     out, lse = launch_attention(
         query,
