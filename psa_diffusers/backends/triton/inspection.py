@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .attention import attention_launch
+from .covariance import covariance_finish_launch, covariance_launch, empty_covariance
 from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
-from .pyramid import empty_pyramid, pyramid_launch
+from .pyramid import Pyramid, empty_pyramid, pyramid_launch
 from .read_lists import empty_read_lists, read_lists_launch
 
 # Shared memory (LDS on AMD) that one block can be launched with, in bytes: CUDA programming guide, table of technical
@@ -33,7 +34,17 @@ SHARED_MEMORY_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
-KERNELS = ("attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists")
+KERNELS = (
+    "attention",
+    "attention+variance",
+    "attention+covariance",
+    "pyramid",
+    "pyramid+variance",
+    "covariance",
+    "covariance_finish",
+    "read_lists",
+)
+CORE_KERNELS = ("attention", "attention+covariance", "pyramid", "covariance", "covariance_finish")
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -42,6 +53,7 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -69,8 +81,9 @@ class Case:
         if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
-        is_core = self.kernel in ("attention", "pyramid")
-        return self.kernel == "read_lists" or (is_core and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS)
+        return self.kernel == "read_lists" or (
+            self.kernel in CORE_KERNELS and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS
+        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,9 @@ def report_cases() -> list[Case]:
             cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
             cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
             cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
+        for kernel in ("attention+covariance", "covariance", "covariance_finish"):
+            cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
+            cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         for head_dim in (64, 128):
             cases += [Case("attention", target, "bf16", head_dim, query_block_size=size) for size in (16, 32, 64, 256)]
             cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 1024)]
@@ -173,11 +189,13 @@ def launch_of(case: Case) -> KernelLaunch:
     dtype = next(dtype for dtype, name in TYPE_NAMES.items() if name == case.dtype)
     query = torch.empty(2, case.length, case.heads, case.head_dim, dtype=dtype, device="meta")
     layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
-    pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("variance"))
+    pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("+variance"))
     order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
+    if case.kernel.startswith("covariance"):
+        return _covariance_launch_of(case, pyramid, layout)
     query_blocks = triton.cdiv(case.length, case.query_block_size)
     level_mask = torch.empty(2, case.heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
     lists, lengths = empty_read_lists(level_mask, case.num_levels)
@@ -190,6 +208,7 @@ def launch_of(case: Case) -> KernelLaunch:
         pyramid,
         lists,
         layout,
+        empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None,
         query_block_size=case.query_block_size,
         order=order,
         scale=case.head_dim**-0.5,
@@ -197,8 +216,16 @@ def launch_of(case: Case) -> KernelLaunch:
     )
 
 
+def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:
+    covariance, partial = empty_covariance(pyramid, layout)
+    counted = torch.empty(*pyramid.key.shape[:2], layout.kv_blocks, dtype=torch.uint8, device="meta")
+    if case.kernel == "covariance":
+        return covariance_launch(pyramid, layout, counted, partial)
+    return covariance_finish_launch(partial[0], pyramid, layout, counted, covariance)
+
+
 def _tile_of(launch: KernelLaunch) -> str:
-    shapes = (("BLOCK_M", "BLOCK_N"), ("CHUNK",), ("KV_BLOCK", "BLOCK_D"))
+    shapes = (("BLOCK_M", "BLOCK_N"), ("TILE_D", "TILE_ROWS"), ("SLAB", "BLOCK_D"), ("CHUNK",), ("KV_BLOCK", "BLOCK_D"))
     names = next(names for names in shapes if set(names) <= set(launch.arguments))
     return "x".join(str(launch.arguments[name]) for name in names)
 
