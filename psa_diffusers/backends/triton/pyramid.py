@@ -20,9 +20,10 @@ class Pyramid(NamedTuple):
     key: Tensor  # [batch, heads, rows, head_dim], dtype of the inputs
     value: Tensor  # [batch, heads, rows, head_dim]
     bias: Tensor  # float32 [batch, rows]: log2 of the real tokens that a row stands for, -inf for none
-    variance: (
-        Tensor | None
-    )  # [batch, heads, rows, head_dim]: variance of each channel of a row's keys; None unless asked
+    variance: Tensor | None  # [batch, heads, rows, head_dim]: of each channel of a row's keys; None unless asked for
+    # float32 [batch, heads, kv_blocks]: the bias of centroids, NaN for those of NaN or Inf, whose rows hold 0 in their
+    # place. So all centroids can be multiplied and some left out by their bias. None unless asked for.
+    centroid_bias: Tensor | None = None
 
 
 @triton.jit
@@ -78,8 +79,13 @@ def _store_levels(
     HEAD_DIM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
+    EMPTY_ROWS: tl.constexpr,
+    FINITE: tl.constexpr,
 ):
-    """Writes one block's rows of every level. ``total`` [KV_BLOCK, BD] is zero where ``count`` [KV_BLOCK] is."""
+    """Writes one block's rows of every level. ``total`` [KV_BLOCK, BD] is zero where ``count`` [KV_BLOCK] is.
+
+    Returns the centroid's numbers that are not finite; with FINITE zeros are written for them.
+    """
     squares = tl.zeros_like(total)
     section = 0
     for level in tl.static_range(1, LEVELS + 1):
@@ -91,13 +97,19 @@ def _store_levels(
         if level < LEVELS:
             total, count, squares = _merge(total, count, squares, KV_BLOCK >> level, 2, variance is not None)
     total, count, squares = _merge(total, count, squares, 1, KV_BLOCK >> (LEVELS - 1), variance is not None)
-    _store_rows(packed, section + block, _mean(total, count), channel, HEAD_DIM, 1)
+    centroid = _mean(total, count)  # [1, BD]
+    is_finite = tl.abs(centroid) < float("inf")
+    if FINITE:
+        centroid = tl.where(is_finite, centroid, 0.0)
+    _store_rows(packed, section + block, centroid, channel, HEAD_DIM, 1)
     if variance is not None:
         _store_rows(variance, section + block, _mean(squares, count), channel, HEAD_DIM, 1)
     if block == 0:
-        _store_rows(packed, section + kv_blocks, tl.zeros_like(total), channel, HEAD_DIM, 1)
-        if variance is not None:
-            _store_rows(variance, section + kv_blocks, tl.zeros_like(total), channel, HEAD_DIM, 1)
+        for empty in range(0, EMPTY_ROWS):
+            _store_rows(packed, section + kv_blocks + empty, tl.zeros_like(total), channel, HEAD_DIM, 1)
+            if variance is not None:
+                _store_rows(variance, section + kv_blocks + empty, tl.zeros_like(total), channel, HEAD_DIM, 1)
+    return tl.sum(tl.sum((~is_finite).to(tl.int32), axis=1), axis=0)
 
 
 @triton.jit
@@ -106,7 +118,7 @@ def _bias(count):
 
 
 @triton.jit
-def _store_bias(bias, count, block, kv_blocks, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+def _store_bias(bias, count, block, kv_blocks, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr, EMPTY_ROWS: tl.constexpr):
     section = 0
     for level in tl.static_range(1, LEVELS + 1):
         row = section + block * (KV_BLOCK >> (level - 1)) + tl.arange(0, KV_BLOCK >> (level - 1))
@@ -116,7 +128,8 @@ def _store_bias(bias, count, block, kv_blocks, KV_BLOCK: tl.constexpr, LEVELS: t
             count = tl.sum(tl.reshape(count, (KV_BLOCK >> level, 2)), axis=1)
     tl.store(bias + section + block, _bias(tl.sum(count, axis=0)))
     if block == 0:
-        tl.store(bias + section + kv_blocks, float("-inf"))
+        for empty in range(0, EMPTY_ROWS):
+            tl.store(bias + section + kv_blocks + empty, float("-inf"))
 
 
 @triton.jit
@@ -129,6 +142,7 @@ def pyramid_kernel(
     packed_value,
     bias,
     variance,
+    centroid_bias,
     key_strides,
     value_strides,
     heads,
@@ -139,8 +153,10 @@ def pyramid_kernel(
     BLOCK_D: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
+    EMPTY_ROWS: tl.constexpr,
 ):
     """One program: one kv block, one head, BLOCK_D channels; grid (kv_blocks, heads * channel chunks, batch)."""
+    FINITE: tl.constexpr = centroid_bias is not None
     block = tl.program_id(0)
     head = (tl.program_id(1) % heads).to(tl.int64)
     chunk = tl.program_id(1) // heads
@@ -160,11 +176,40 @@ def pyramid_kernel(
     if variance is not None:
         variance += base
     rows = _load_rows(key, key_strides, batch, head, token, real, channel, HEAD_DIM)  # [KV_BLOCK, BD]
-    _store_levels(packed_key + base, variance, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS)
+    bad = _store_levels(
+        packed_key + base,
+        variance,
+        rows,
+        count,
+        block,
+        kv_blocks,
+        channel,
+        HEAD_DIM,
+        KV_BLOCK,
+        LEVELS,
+        EMPTY_ROWS,
+        FINITE,
+    )
     rows = _load_rows(value, value_strides, batch, head, token, real, channel, HEAD_DIM)
-    _store_levels(packed_value + base, None, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS)
+    bad += _store_levels(
+        packed_value + base,
+        None,
+        rows,
+        count,
+        block,
+        kv_blocks,
+        channel,
+        HEAD_DIM,
+        KV_BLOCK,
+        LEVELS,
+        EMPTY_ROWS,
+        FINITE,
+    )
+    if FINITE:  # one chunk of channels: see pyramid_launch
+        row_bias = tl.where(bad > 0, float("nan"), _bias(tl.sum(count, axis=0)))
+        tl.store(centroid_bias + (batch * heads + head) * kv_blocks + block, row_bias)
     if tl.program_id(1) == 0:
-        _store_bias(bias + batch * packed_rows, count, block, kv_blocks, KV_BLOCK, LEVELS)
+        _store_bias(bias + batch * packed_rows, count, block, kv_blocks, KV_BLOCK, LEVELS, EMPTY_ROWS)
 
 
 def build_pyramid(
@@ -175,6 +220,7 @@ def build_pyramid(
     order: Tensor | None = None,
     key_lengths: Tensor | None = None,
     with_variance: bool = False,
+    with_centroid_bias: bool = False,
 ) -> Pyramid:
     """Mean-pools keys and values to every level of the pyramid (arXiv 2512.04025, equation 2), real tokens only.
 
@@ -184,18 +230,26 @@ def build_pyramid(
         order: int64 [key_length], the token at each position of the block order; None = raster.
         key_lengths: int64 [batch]; tokens from that one on are padding. None = no padding.
         with_variance: Also the population variance of each channel of a row's keys, for ``logit_correction``.
+        with_centroid_bias: Also the centroids' own bias, and only finite numbers in their rows. Where one program of
+            the kernel holds a whole block, see :func:`pools_whole_blocks`.
     """
-    pyramid = empty_pyramid(key, layout, with_variance)
+    pyramid = empty_pyramid(key, layout, with_variance, with_centroid_bias)
     pyramid_launch(key, value, pyramid, layout, order, key_lengths).run()
     return pyramid
 
 
-def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool) -> Pyramid:
+def pools_whole_blocks(kv_block_size: int, head_dim: int) -> bool:
+    """Whether one program of the pyramid kernel holds all channels of a block."""
+    return pyramid_tile(kv_block_size, head_dim).block_d >= head_dim
+
+
+def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool, with_centroid_bias: bool = False) -> Pyramid:
     """Buffers for the pyramid of keys [batch, key_length, heads, head_dim], and of values like them."""
     batch, _, heads, head_dim = key.shape
     packed = key.new_empty(3 if with_variance else 2, batch, heads, layout.rows, head_dim)
     bias = key.new_empty(batch, layout.rows, dtype=torch.float32)
-    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None)
+    centroid_bias = bias.new_empty(batch, heads, layout.kv_blocks) if with_centroid_bias else None
+    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None, centroid_bias)
 
 
 def pyramid_launch(
@@ -218,6 +272,7 @@ def pyramid_launch(
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
         "variance": pyramid.variance,
+        "centroid_bias": pyramid.centroid_bias,
         "key_strides": key.stride(),
         "value_strides": value.stride(),
         "heads": heads,
@@ -228,6 +283,7 @@ def pyramid_launch(
         "BLOCK_D": tile.block_d,
         "KV_BLOCK": layout.kv_block_size,
         "LEVELS": layout.num_levels,
+        "EMPTY_ROWS": layout.empty_rows,
     }
     grid = (layout.kv_blocks, heads * triton.cdiv(head_dim, tile.block_d), batch)
     return KernelLaunch(pyramid_kernel, grid, arguments, num_warps=tile.num_warps)
