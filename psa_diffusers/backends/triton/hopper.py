@@ -85,6 +85,7 @@ def hopper_attention_launch(
     query_blocks = triton.cdiv(query_length, query_block_size)
     rows = [max(layout.rows_per_block(level), SMALLEST_COPY) for level in range(1, layout.num_levels + 1)]
     rows += rows[-1:] * (MAX_LEVELS - len(rows))  # levels that are not there: never read
+    tiles = batch * heads * query_blocks * (query_block_size // 128)
     arguments = {
         "query": query,
         **{f"keys_{level}": _boxes(pyramid.key, size) for level, size in enumerate(rows, start=1)},
@@ -103,6 +104,7 @@ def hopper_attention_launch(
         "query_strides": query.stride(),
         "out_strides": out.stride(),
         "scale": scale,
+        "tiles": tiles,
         "first_head": first_head,
         "heads": heads,
         "query_length": query_length,
@@ -117,8 +119,12 @@ def hopper_attention_launch(
         "BLOCK_N": BLOCK_N,
         "STAGES": STAGES,
     }
-    grid = (batch * heads * query_blocks * (query_block_size // 128),)
+    grid = (min(tiles, _processors(query.device)),)
     return KernelLaunch(hopper_attention_kernel, grid, arguments, num_warps=4)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _boxes(packed: Tensor, rows: int) -> object:

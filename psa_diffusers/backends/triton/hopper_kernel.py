@@ -33,17 +33,52 @@ class Ring(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What a consumer reads and writes in device memory. ``batch`` and ``head`` are int64, ``stop`` ends the block."""
+    """Queries, outputs and lse [batch, heads, query_length] in device memory, and the token at each position."""
 
     query: Any
     out: Any
-    lse: Any  # [query_length] of this head, or None
-    order: Any  # the token at each position, or None
-    query_strides: Any
-    out_strides: Any
-    batch: Any
-    head: Any
-    stop: Any
+    lse: Any  # or None
+    order: Any  # or None
+
+
+class Work(NamedTuple):
+    """What the programs share out among them."""
+
+    launch_order: Any  # rows of query blocks
+    tiles: Any  # of 128 queries, over all rows
+    first_head: Any
+    heads: Any
+    query_blocks: Any
+    query_length: Any
+
+
+class Lists(NamedTuple):
+    """What query blocks read, in device memory: the first row's."""
+
+    levels: Any  # int8 [kv_blocks]
+    blocks: Any  # [kv_blocks]
+    counts: Any  # [LEVELS + 1]
+    kv_blocks: Any
+
+
+@gluon.jit
+def _turns(work):
+    """How many tiles of queries this program has. Programs take one each, turn by turn, in alternating order: rows come
+    longest first, so that what is longest at one turn is shortest at the next."""
+    programs = gl.num_programs(0)
+    full = work.tiles // programs
+    return full + (gl.where((full & 1) == 1, programs - 1 - gl.program_id(0), gl.program_id(0)) < work.tiles % programs)
+
+
+@gluon.jit
+def _query_tile(work, turn, QUERY_BLOCK: gl.constexpr):
+    """The row (of all that the lists have), the first query's position and the end of the query block."""
+    programs = gl.num_programs(0)
+    tile = turn * programs + gl.where((turn & 1) == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
+    TILES: gl.constexpr = QUERY_BLOCK // 128
+    row = gl.load(work.launch_order + work.first_head * work.query_blocks + tile // TILES)
+    start = row % work.query_blocks * QUERY_BLOCK
+    return row, start + tile % TILES * 128, gl.minimum(start + QUERY_BLOCK, work.query_length)
 
 
 @gluon.jit
@@ -145,6 +180,7 @@ def _send_centroids(
             row_bias = gl.load(centroid_bias + block, mask=inside & chosen, other=float("-inf"))
         _send(ring, biases, tile, source, rows, row_bias, ROWS, BLOCK_N, STAGES)
         tile += 1
+    return tile
 
 
 @gluon.jit
@@ -153,81 +189,91 @@ def _producer(
     biases,
     sources,
     covariance,
-    blocks,
-    counts,
-    levels,
+    work,
+    lists,
     bias,
     centroid_bias,
-    head_row,
-    covariance_row,
-    kv_blocks,
+    packed_rows,
     empty_row,
+    QUERY_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Sends all tiles of a query block, with the bias of their rows if there is room for it; the covariance last."""
-    tile = 0
-    section = 0
-    for level in gl.static_range(LEVELS):
-        count = gl.load(counts + level)
-        tile = _send_level(
+    """Sends all tiles of this program's query blocks, with the bias of their rows if there is room for it.
+
+    After a query block's last tile comes its head's covariance, if there is one.
+    """
+    sent = 0
+    kv_blocks = lists.kv_blocks
+    for turn in range(0, _turns(work)):
+        row, _, _ = _query_tile(work, turn, QUERY_BLOCK)
+        head = row // work.query_blocks - work.first_head
+        counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
+        blocks = lists.blocks + row.to(gl.int64) * kv_blocks
+        head_row = head * packed_rows
+        head_bias = bias + (head // work.heads).to(gl.int64) * packed_rows
+        stop = sent + _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
+        section = 0
+        for level in gl.static_range(LEVELS):
+            count = gl.load(counts + level)
+            sent = _send_level(
+                ring,
+                biases,
+                sent,
+                sources[level],
+                blocks,
+                count,
+                section,
+                head_row,
+                empty_row,
+                head_bias,
+                KV_BLOCK >> level,
+                BLOCK_N,
+                STAGES,
+            )
+            blocks += count
+            section += kv_blocks * (KV_BLOCK >> level)
+        sent = _send_centroids(
             ring,
             biases,
-            tile,
-            sources[level],
-            blocks,
-            count,
+            sent,
+            stop - sent,
+            sources[0],
+            lists.levels + row.to(gl.int64) * kv_blocks,
+            kv_blocks,
             section,
             head_row,
-            empty_row,
-            bias,
-            KV_BLOCK >> level,
+            centroid_bias + head.to(gl.int64) * kv_blocks,
+            LEVELS + 1,
+            KV_BLOCK,
             BLOCK_N,
             STAGES,
         )
-        blocks += count
-        section += kv_blocks * (KV_BLOCK >> level)
-    total = _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
-    _send_centroids(
-        ring,
-        biases,
-        tile,
-        total - tile,
-        sources[0],
-        levels,
-        kv_blocks,
-        section,
-        head_row,
-        centroid_bias,
-        LEVELS + 1,
-        KV_BLOCK,
-        BLOCK_N,
-        STAGES,
-    )
-    if covariance is not None:
-        WIDTH: gl.constexpr = covariance.block_shape[0]
-        _send(ring, None, total, covariance, (covariance_row,), None, WIDTH, WIDTH, STAGES)
+        if covariance is not None:
+            WIDTH: gl.constexpr = covariance.block_shape[0]
+            _send(ring, None, sent, covariance, (head * WIDTH,), None, WIDTH, WIDTH, STAGES)
+            sent += 1
 
 
 # -- consumers --------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _tokens(queries, first, ROWS: gl.constexpr, layout: gl.constexpr):
-    """Tokens of ROWS positions from ``first``, int64, and which are there."""
+def _tokens(order, first, stop, ROWS: gl.constexpr, layout: gl.constexpr):
+    """Tokens of ROWS positions from ``first``, int64, and which are before ``stop``."""
     position = first + gl.arange(0, ROWS, layout)
-    live = position < queries.stop
+    live = position < stop
     token = position.to(gl.int64)
-    if queries.order is not None:
-        token = gl.load(queries.order + position, mask=live, other=0)
+    if order is not None:
+        token = gl.load(order + position, mask=live, other=0)
     return token, live
 
 
 @gluon.jit
-def _places(base, strides, queries, token, channel):
-    base += queries.batch * strides[0] + queries.head * strides[2]
+def _places(base, strides, batch, head, token, channel):
+    base += batch * strides[0] + head * strides[2]
     return base + token[:, None] * strides[1] + channel.to(gl.int64)[None, :] * strides[3]
 
 
@@ -250,12 +296,24 @@ def _factor_of(tile, stops, factors, LEVELS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    rows, keys, values, biases, stops, factors, scale, D: gl.constexpr, LEVELS: gl.constexpr, STAGES: gl.constexpr
+    rows,
+    keys,
+    values,
+    biases,
+    first_key,
+    first_value,
+    stops,
+    factors,
+    scale,
+    D: gl.constexpr,
+    LEVELS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """Goes through all tiles for the queries ``rows`` [ROWS, D] in shared memory.
 
-    Returns the accumulator [ROWS, D], and maximum, sum and lost covariance [ROWS]. Logits and the maximum are in units
-    of ln 2. The product of a tile's weights with its values runs while the next tile's weights are computed.
+    ``first_key`` and ``first_value`` count the tiles that went through the rings before. Returns the accumulator
+    [ROWS, D], and maximum, sum and lost covariance [ROWS]. Logits and the maximum are in units of ln 2. The product of
+    a tile's weights with its values runs while the next tile's weights are computed.
     """
     ROWS: gl.constexpr = rows.shape[0]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
@@ -264,30 +322,30 @@ def _attend(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LOGITS)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    total = stops[LEVELS]
 
     blank = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
     accumulator = gl.zeros([ROWS, D], gl.float32, OUTPUT)
     running_lost = gl.zeros([ROWS], gl.float32, ROW)
     running_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
 
-    mbarrier.wait(keys.full.index(0), 0)
-    product = warpgroup_mma(rows, keys.tiles.index(0).permute((1, 0)), blank, use_acc=False, is_async=True)
+    slot = first_key % STAGES
+    mbarrier.wait(keys.full.index(slot), (first_key // STAGES) & 1)
+    product = warpgroup_mma(rows, keys.tiles.index(slot).permute((1, 0)), blank, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, [product])
-    weights, running_max, rescale = _weights(logits, biases, 0, running_max, scale, COLUMN)
-    mbarrier.arrive(keys.empty.index(0))
+    weights, running_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
+    mbarrier.arrive(keys.empty.index(slot))
     running_sum = gl.sum(weights, 1)
     if factors is not None:
         running_lost = running_sum * _factor_of(0, stops, factors, LEVELS)
     operand = gl.convert_layout(weights.to(rows.dtype), OPERAND)
 
-    for tile in range(1, total):
-        slot = tile % STAGES
-        before = (tile - 1) % STAGES
-        mbarrier.wait(keys.full.index(slot), (tile // STAGES) & 1)
+    for tile in range(1, stops[LEVELS]):
+        slot = (first_key + tile) % STAGES
+        mbarrier.wait(keys.full.index(slot), ((first_key + tile) // STAGES) & 1)
         product = warpgroup_mma(rows, keys.tiles.index(slot).permute((1, 0)), blank, use_acc=False, is_async=True)
-        mbarrier.wait(values.full.index(before), ((tile - 1) // STAGES) & 1)
-        pending = warpgroup_mma(operand, values.tiles.index(before), accumulator, is_async=True)
+        before = first_value + tile - 1
+        mbarrier.wait(values.full.index(before % STAGES), (before // STAGES) & 1)
+        pending = warpgroup_mma(operand, values.tiles.index(before % STAGES), accumulator, is_async=True)
         logits = warpgroup_mma_wait(1, [product])
         weights, running_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
         mbarrier.arrive(keys.empty.index(slot))
@@ -297,35 +355,38 @@ def _attend(
             running_lost = running_lost * rescale + tile_sum * _factor_of(tile, stops, factors, LEVELS)
         next_operand = gl.convert_layout(weights.to(rows.dtype), OPERAND)
         accumulator = warpgroup_mma_wait(0, [pending])
-        mbarrier.arrive(values.empty.index(before))
+        mbarrier.arrive(values.empty.index(before % STAGES))
         accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
         operand = next_operand
 
-    last = (total - 1) % STAGES
-    mbarrier.wait(values.full.index(last), ((total - 1) // STAGES) & 1)
-    pending = warpgroup_mma(operand, values.tiles.index(last), accumulator, is_async=True)
+    last = first_value + stops[LEVELS] - 1
+    mbarrier.wait(values.full.index(last % STAGES), (last // STAGES) & 1)
+    pending = warpgroup_mma(operand, values.tiles.index(last % STAGES), accumulator, is_async=True)
     accumulator = warpgroup_mma_wait(0, [pending])
-    mbarrier.arrive(values.empty.index(last))
+    mbarrier.arrive(values.empty.index(last % STAGES))
     return accumulator, running_max, running_sum, running_lost
 
 
 @gluon.jit
 def _consumer(
     queries,
-    first,
-    counts,
+    work,
+    lists,
     factors,
-    kv_blocks,
+    query_strides,
+    out_strides,
     scale,
+    offset,
     rows,
     keys,
     values,
     biases,
+    QUERY_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     LEVELS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Answers the queries of the positions from ``first``; ``rows`` [ROWS, D] is this consumer's shared memory."""
+    """Answers half of each tile of queries, from ``offset``; ``rows`` [ROWS, D] is shared memory for them."""
     LOG2E: gl.constexpr = 1.4426950408889634
     ROWS: gl.constexpr = rows.shape[0]
     D: gl.constexpr = rows.shape[1]
@@ -336,37 +397,63 @@ def _consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
 
     channel = gl.arange(0, D, gl.SliceLayout(0, MEMORY))
-    token, live = _tokens(queries, first, ROWS, gl.SliceLayout(1, MEMORY))
-    places = _places(queries.query, queries.query_strides, queries, token, channel)
-    rows.store(gl.load(places, mask=live[:, None], other=0.0))
-    fence_async_shared()
-    thread_barrier()
+    first_key = 0
+    first_value = 0
+    for turn in range(0, _turns(work)):
+        row, first, stop = _query_tile(work, turn, QUERY_BLOCK)
+        local_head = row // work.query_blocks - work.first_head
+        batch = (local_head // work.heads).to(gl.int64)
+        head = (local_head % work.heads).to(gl.int64)
+        token, live = _tokens(queries.order, first + offset, stop, ROWS, gl.SliceLayout(1, MEMORY))
+        places = _places(queries.query, query_strides, batch, head, token, channel)
+        rows.store(gl.load(places, mask=live[:, None], other=0.0))
+        fence_async_shared()
+        thread_barrier()
 
-    stops = _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)
-    accumulator, running_max, running_sum, running_lost = _attend(
-        rows, keys, values, biases, stops, factors, scale * LOG2E, D, LEVELS, STAGES
-    )
-    is_empty = running_sum == 0.0
-    divisor = gl.where(is_empty, 1.0, running_sum)
-    accumulator = accumulator / gl.convert_layout(divisor, OUTPUT_ROW)[:, None]
-    if factors is not None:
-        total = stops[LEVELS]
-        mbarrier.wait(values.full.index(total % STAGES), (total // STAGES) & 1)
-        matrix = values.tiles.index(total % STAGES).slice(0, D, 0).permute((1, 0))  # [keys, values]
-        blank = gl.zeros([ROWS, D], gl.float32, OUTPUT)
-        product = warpgroup_mma(rows, matrix, blank, use_acc=False, is_async=True)
-        moved = warpgroup_mma_wait(0, [product])
-        accumulator += moved * gl.convert_layout(running_lost / divisor * scale, OUTPUT_ROW)[:, None]
+        stops = _tile_stops(lists.counts + row.to(gl.int64) * (LEVELS + 1), lists.kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)
+        head_factors = None
+        if factors is not None:
+            head_factors = factors + local_head * (LEVELS + 1)
+        accumulator, running_max, running_sum, running_lost = _attend(
+            rows,
+            keys,
+            values,
+            biases,
+            first_key,
+            first_value,
+            stops,
+            head_factors,
+            scale * LOG2E,
+            D,
+            LEVELS,
+            STAGES,
+        )
+        first_key += stops[LEVELS]
+        first_value += stops[LEVELS]
+        is_empty = running_sum == 0.0
+        divisor = gl.where(is_empty, 1.0, running_sum)
+        accumulator = accumulator / gl.convert_layout(divisor, OUTPUT_ROW)[:, None]
+        if factors is not None:
+            slot = first_value % STAGES
+            mbarrier.wait(values.full.index(slot), (first_value // STAGES) & 1)
+            matrix = values.tiles.index(slot).slice(0, D, 0).permute((1, 0))  # [keys, values]
+            blank = gl.zeros([ROWS, D], gl.float32, OUTPUT)
+            product = warpgroup_mma(rows, matrix, blank, use_acc=False, is_async=True)
+            moved = warpgroup_mma_wait(0, [product])
+            mbarrier.arrive(values.empty.index(slot))
+            accumulator += moved * gl.convert_layout(running_lost / divisor * scale, OUTPUT_ROW)[:, None]
+            first_value += 1
 
-    # Through shared memory, so that whole rows are written at a time.
-    rows.store(accumulator.to(rows.dtype))
-    token, live = _tokens(queries, first, ROWS, gl.SliceLayout(1, MEMORY))
-    places = _places(queries.out, queries.out_strides, queries, token, channel)
-    gl.store(places, rows.load(MEMORY), mask=live[:, None])
-    if queries.lse is not None:
-        row_lse = gl.where(is_empty, float("-inf"), (running_max + gl.log2(divisor)) / LOG2E)
-        token, live = _tokens(queries, first, ROWS, ROW)
-        gl.store(queries.lse + token, row_lse, mask=live)
+        # Through shared memory, so that whole rows are written at a time.
+        rows.store(accumulator.to(rows.dtype))
+        token, live = _tokens(queries.order, first + offset, stop, ROWS, gl.SliceLayout(1, MEMORY))
+        places = _places(queries.out, out_strides, batch, head, token, channel)
+        gl.store(places, rows.load(MEMORY), mask=live[:, None])
+        if queries.lse is not None:
+            row_lse = gl.where(is_empty, float("-inf"), (running_max + gl.log2(divisor)) / LOG2E)
+            token, live = _tokens(queries.order, first + offset, stop, ROWS, ROW)
+            lse = queries.lse + (row // work.query_blocks).to(gl.int64) * work.query_length
+            gl.store(lse + token, row_lse, mask=live)
 
 
 # -- the kernel -------------------------------------------------------------------------------------------------------
@@ -409,6 +496,7 @@ def hopper_attention_kernel(
     query_strides,
     out_strides,
     scale,
+    tiles,
     first_head,
     heads,
     query_length,
@@ -423,22 +511,13 @@ def hopper_attention_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One program: 128 queries of one head.
+    """A program for each processor, and all tiles of 128 queries shared out among them.
 
     ``keys_1`` to ``keys_4`` describe the packed keys in boxes of a block's rows at each level, ``values_1`` to
     ``values_4`` the values, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold
     ``heads`` heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
     """
     HALF: gl.constexpr = 64
-    TILES: gl.constexpr = QUERY_BLOCK // (2 * HALF)
-    row = gl.load(launch_order + first_head * query_blocks + gl.program_id(0) // TILES)
-    batch_head = row // query_blocks - first_head
-    batch = (batch_head // heads).to(gl.int64)
-    head = (batch_head % heads).to(gl.int64)
-    block_start = row % query_blocks * QUERY_BLOCK
-    first = block_start + gl.program_id(0) % TILES * (2 * HALF)
-    stop = gl.minimum(block_start + QUERY_BLOCK, query_length)
-
     rows = gl.allocate_shared_memory(keys_1.dtype, [2, HALF, D], keys_1.layout)
     keys = _ring(keys_1, D, BLOCK_N, STAGES)
     values = _ring(values_1, D, BLOCK_N, STAGES)
@@ -446,32 +525,27 @@ def hopper_attention_kernel(
     fence_async_shared()
     thread_barrier()
 
-    counts += row.to(gl.int64) * (LEVELS + 1)
-    blocks += row.to(gl.int64) * kv_blocks
-    level_mask += row.to(gl.int64) * kv_blocks
-    bias += batch * packed_rows
-    centroid_bias += batch_head.to(gl.int64) * kv_blocks
-    if covariance_factors is not None:
-        covariance_factors += batch_head * (LEVELS + 1)
-    head_row = batch_head * packed_rows
-    if lse is not None:
-        lse += (row // query_blocks).to(gl.int64) * query_length
-    queries = Queries(query, out, lse, order, query_strides, out_strides, batch, head, stop)
+    queries = Queries(query, out, lse, order)
+    work = Work(launch_order, tiles, first_head, heads, query_blocks, query_length)
+    lists = Lists(level_mask, blocks, counts, kv_blocks)
     gl.warp_specialize(
         [
             (
                 _consumer,
                 (
                     queries,
-                    first,
-                    counts,
+                    work,
+                    lists,
                     covariance_factors,
-                    kv_blocks,
+                    query_strides,
+                    out_strides,
                     scale,
+                    0,
                     rows.index(0),
                     keys,
                     values,
                     biases,
+                    QUERY_BLOCK,
                     KV_BLOCK,
                     LEVELS,
                     STAGES,
@@ -481,15 +555,18 @@ def hopper_attention_kernel(
                 _consumer,
                 (
                     queries,
-                    first + HALF,
-                    counts,
+                    work,
+                    lists,
                     covariance_factors,
-                    kv_blocks,
+                    query_strides,
+                    out_strides,
                     scale,
+                    HALF,
                     rows.index(1),
                     keys,
                     values,
                     biases,
+                    QUERY_BLOCK,
                     KV_BLOCK,
                     LEVELS,
                     STAGES,
@@ -502,15 +579,13 @@ def hopper_attention_kernel(
                     biases,
                     (keys_1, keys_2, keys_3, keys_4),
                     None,
-                    blocks,
-                    counts,
-                    level_mask,
+                    work,
+                    lists,
                     bias,
                     centroid_bias,
-                    head_row,
-                    batch_head * D,
-                    kv_blocks,
+                    packed_rows,
                     empty_row,
+                    QUERY_BLOCK,
                     KV_BLOCK,
                     LEVELS,
                     BLOCK_N,
@@ -524,15 +599,13 @@ def hopper_attention_kernel(
                     None,
                     (values_1, values_2, values_3, values_4),
                     covariance,
-                    blocks,
-                    counts,
-                    level_mask,
+                    work,
+                    lists,
                     bias,
                     centroid_bias,
-                    head_row,
-                    batch_head * D,
-                    kv_blocks,
+                    packed_rows,
                     empty_row,
+                    QUERY_BLOCK,
                     KV_BLOCK,
                     LEVELS,
                     BLOCK_N,
