@@ -14,8 +14,7 @@ from .layout import PyramidLayout
 from .pyramid import Pyramid, pools_whole_blocks
 from .read_lists import ReadLists
 
-# Chosen by hand until it has been measured: see benchmarks/README.md.
-ENABLED = os.environ.get("PSA_HOPPER_KERNEL", "0") == "1"
+ENABLED = os.environ.get("PSA_HOPPER_KERNEL", "1") != "0"  # "0" leaves Hopper to the kernel for all GPUs
 BLOCK_N = 128  # rows of a tile
 STAGES = 3  # tiles of keys, and of values, in shared memory
 MAX_LEVELS = 4  # descriptors that the kernel takes
@@ -45,6 +44,8 @@ def hopper_obstacle(
     """Why the Hopper kernel cannot compute this, as a clause for a report; None if it can."""
     if target != "sm_90":
         return f"it needs sm_90, but the target is {target}"
+    if not ENABLED:
+        return "PSA_HOPPER_KERNEL is 0"
     if IMPORT_ERROR:
         return IMPORT_ERROR
     if dtype not in (torch.float16, torch.bfloat16):
@@ -101,6 +102,7 @@ def hopper_attention_launch(
         "order": order,
         "out": out,
         "lse": lse,
+        "taken": torch.zeros(1, dtype=torch.int32, device=query.device),
         "query_strides": query.stride(),
         "out_strides": out.stride(),
         "scale": scale,

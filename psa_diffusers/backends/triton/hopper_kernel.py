@@ -52,6 +52,14 @@ class Work(NamedTuple):
     query_length: Any
 
 
+class Turns(NamedTuple):
+    """Which tile of queries comes next: one producer takes it and tells the other groups of warps."""
+
+    tiles: Any  # shared memory [2, 1]
+    full: Any  # barriers [2, 1]
+    empty: Any  # barriers [2, 1]: the three others know
+
+
 class Lists(NamedTuple):
     """What query blocks read, in device memory: the first row's."""
 
@@ -62,19 +70,27 @@ class Lists(NamedTuple):
 
 
 @gluon.jit
-def _turns(work):
-    """How many tiles of queries this program has. Programs take one each, turn by turn, in alternating order: rows come
-    longest first, so that what is longest at one turn is shortest at the next."""
-    programs = gl.num_programs(0)
-    full = work.tiles // programs
-    return full + (gl.where((full & 1) == 1, programs - 1 - gl.program_id(0), gl.program_id(0)) < work.tiles % programs)
+def _tell(turns, turn, tile):
+    """Tells the other groups of warps the tile of queries of a turn."""
+    slot = turn & 1
+    mbarrier.wait(turns.empty.index(slot), ((turn >> 1) & 1) ^ 1)
+    turns.tiles.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(turns.full.index(slot))
 
 
 @gluon.jit
-def _query_tile(work, turn, QUERY_BLOCK: gl.constexpr):
+def _next_tile(turns, turn, WARPS: gl.constexpr):
+    """The tile of queries of a turn, as told; all groups stop at the first past the last."""
+    slot = turn & 1
+    mbarrier.wait(turns.full.index(slot), (turn >> 1) & 1)
+    tile = gl.max(turns.tiles.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    mbarrier.arrive(turns.empty.index(slot))
+    return tile
+
+
+@gluon.jit
+def _query_tile(work, tile, QUERY_BLOCK: gl.constexpr):
     """The row (of all that the lists have), the first query's position and the end of the query block."""
-    programs = gl.num_programs(0)
-    tile = turn * programs + gl.where((turn & 1) == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
     TILES: gl.constexpr = QUERY_BLOCK // 128
     row = gl.load(work.launch_order + work.first_head * work.query_blocks + tile // TILES)
     start = row % work.query_blocks * QUERY_BLOCK
@@ -184,9 +200,11 @@ def _send_centroids(
 
 
 @gluon.jit
-def _producer(
+def _send_query_tile(
     ring,
     biases,
+    sent,
+    tile,
     sources,
     covariance,
     work,
@@ -201,60 +219,154 @@ def _producer(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Sends all tiles of this program's query blocks, with the bias of their rows if there is room for it.
+    """Sends all that a tile of queries reads, with the bias of the rows if there is room for it.
 
-    After a query block's last tile comes its head's covariance, if there is one.
+    The covariance comes last, if there is one. Returns how many tiles went through the ring.
     """
-    sent = 0
     kv_blocks = lists.kv_blocks
-    for turn in range(0, _turns(work)):
-        row, _, _ = _query_tile(work, turn, QUERY_BLOCK)
-        head = row // work.query_blocks - work.first_head
-        counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
-        blocks = lists.blocks + row.to(gl.int64) * kv_blocks
-        head_row = head * packed_rows
-        head_bias = bias + (head // work.heads).to(gl.int64) * packed_rows
-        stop = sent + _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
-        section = 0
-        for level in gl.static_range(LEVELS):
-            count = gl.load(counts + level)
-            sent = _send_level(
-                ring,
-                biases,
-                sent,
-                sources[level],
-                blocks,
-                count,
-                section,
-                head_row,
-                empty_row,
-                head_bias,
-                KV_BLOCK >> level,
-                BLOCK_N,
-                STAGES,
-            )
-            blocks += count
-            section += kv_blocks * (KV_BLOCK >> level)
-        sent = _send_centroids(
+    row, _, _ = _query_tile(work, tile, QUERY_BLOCK)
+    head = row // work.query_blocks - work.first_head
+    counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
+    blocks = lists.blocks + row.to(gl.int64) * kv_blocks
+    head_row = head * packed_rows
+    bias += (head // work.heads).to(gl.int64) * packed_rows
+    stop = sent + _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
+    section = 0
+    for level in gl.static_range(LEVELS):
+        count = gl.load(counts + level)
+        sent = _send_level(
             ring,
             biases,
             sent,
-            stop - sent,
-            sources[0],
-            lists.levels + row.to(gl.int64) * kv_blocks,
-            kv_blocks,
+            sources[level],
+            blocks,
+            count,
             section,
             head_row,
-            centroid_bias + head.to(gl.int64) * kv_blocks,
-            LEVELS + 1,
-            KV_BLOCK,
+            empty_row,
+            bias,
+            KV_BLOCK >> level,
             BLOCK_N,
             STAGES,
         )
-        if covariance is not None:
-            WIDTH: gl.constexpr = covariance.block_shape[0]
-            _send(ring, None, sent, covariance, (head * WIDTH,), None, WIDTH, WIDTH, STAGES)
-            sent += 1
+        blocks += count
+        section += kv_blocks * (KV_BLOCK >> level)
+    sent = _send_centroids(
+        ring,
+        biases,
+        sent,
+        stop - sent,
+        sources[0],
+        lists.levels + row.to(gl.int64) * kv_blocks,
+        kv_blocks,
+        section,
+        head_row,
+        centroid_bias + head.to(gl.int64) * kv_blocks,
+        LEVELS + 1,
+        KV_BLOCK,
+        BLOCK_N,
+        STAGES,
+    )
+    if covariance is not None:
+        WIDTH: gl.constexpr = covariance.block_shape[0]
+        _send(ring, None, sent, covariance, (head * WIDTH,), None, WIDTH, WIDTH, STAGES)
+        sent += 1
+    return sent
+
+
+@gluon.jit
+def _key_producer(
+    turns,
+    taken,
+    ring,
+    biases,
+    sources,
+    work,
+    lists,
+    bias,
+    centroid_bias,
+    packed_rows,
+    empty_row,
+    QUERY_BLOCK: gl.constexpr,
+    KV_BLOCK: gl.constexpr,
+    LEVELS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Takes tiles of queries until none is left, and sends the keys and biases."""
+    sent = 0
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < work.tiles:
+        _tell(turns, turn, tile)
+        sent = _send_query_tile(
+            ring,
+            biases,
+            sent,
+            tile,
+            sources,
+            None,
+            work,
+            lists,
+            bias,
+            centroid_bias,
+            packed_rows,
+            empty_row,
+            QUERY_BLOCK,
+            KV_BLOCK,
+            LEVELS,
+            BLOCK_N,
+            STAGES,
+        )
+        tile = gl.num_programs(0) + gl.atomic_add(taken, 1)
+        turn += 1
+    _tell(turns, turn, tile)
+
+
+@gluon.jit
+def _value_producer(
+    turns,
+    ring,
+    sources,
+    covariance,
+    work,
+    lists,
+    bias,
+    centroid_bias,
+    packed_rows,
+    empty_row,
+    QUERY_BLOCK: gl.constexpr,
+    KV_BLOCK: gl.constexpr,
+    LEVELS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Sends the values, and after them the head's covariance."""
+    sent = 0
+    turn = 0
+    tile = _next_tile(turns, turn, 1)
+    while tile < work.tiles:
+        sent = _send_query_tile(
+            ring,
+            None,
+            sent,
+            tile,
+            sources,
+            covariance,
+            work,
+            lists,
+            bias,
+            centroid_bias,
+            packed_rows,
+            empty_row,
+            QUERY_BLOCK,
+            KV_BLOCK,
+            LEVELS,
+            BLOCK_N,
+            STAGES,
+        )
+        turn += 1
+        tile = _next_tile(turns, turn, 1)
 
 
 # -- consumers --------------------------------------------------------------------------------------------------------
@@ -369,6 +481,7 @@ def _attend(
 
 @gluon.jit
 def _consumer(
+    turns,
     queries,
     work,
     lists,
@@ -399,8 +512,10 @@ def _consumer(
     channel = gl.arange(0, D, gl.SliceLayout(0, MEMORY))
     first_key = 0
     first_value = 0
-    for turn in range(0, _turns(work)):
-        row, first, stop = _query_tile(work, turn, QUERY_BLOCK)
+    turn = 0
+    tile = _next_tile(turns, turn, 4)
+    while tile < work.tiles:
+        row, first, stop = _query_tile(work, tile, QUERY_BLOCK)
         local_head = row // work.query_blocks - work.first_head
         batch = (local_head // work.heads).to(gl.int64)
         head = (local_head % work.heads).to(gl.int64)
@@ -454,6 +569,8 @@ def _consumer(
             token, live = _tokens(queries.order, first + offset, stop, ROWS, ROW)
             lse = queries.lse + (row // work.query_blocks).to(gl.int64) * work.query_length
             gl.store(lse + token, row_lse, mask=live)
+        turn += 1
+        tile = _next_tile(turns, turn, 4)
 
 
 # -- the kernel -------------------------------------------------------------------------------------------------------
@@ -493,6 +610,7 @@ def hopper_attention_kernel(
     order,
     out,
     lse,
+    taken,
     query_strides,
     out_strides,
     scale,
@@ -511,7 +629,7 @@ def hopper_attention_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A program for each processor, and all tiles of 128 queries shared out among them.
+    """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
     ``keys_1`` to ``keys_4`` describe the packed keys in boxes of a block's rows at each level, ``values_1`` to
     ``values_4`` the values, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold
@@ -522,6 +640,14 @@ def hopper_attention_kernel(
     keys = _ring(keys_1, D, BLOCK_N, STAGES)
     values = _ring(values_1, D, BLOCK_N, STAGES)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    turns = Turns(
+        gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+    )
+    for slot in gl.static_range(2):
+        mbarrier.init(turns.full.index(slot), count=1)
+        mbarrier.init(turns.empty.index(slot), count=3)
     fence_async_shared()
     thread_barrier()
 
@@ -533,6 +659,7 @@ def hopper_attention_kernel(
             (
                 _consumer,
                 (
+                    turns,
                     queries,
                     work,
                     lists,
@@ -554,6 +681,7 @@ def hopper_attention_kernel(
             (
                 _consumer,
                 (
+                    turns,
                     queries,
                     work,
                     lists,
@@ -573,12 +701,13 @@ def hopper_attention_kernel(
                 ),
             ),
             (
-                _producer,
+                _key_producer,
                 (
+                    turns,
+                    taken,
                     keys,
                     biases,
                     (keys_1, keys_2, keys_3, keys_4),
-                    None,
                     work,
                     lists,
                     bias,
@@ -593,10 +722,10 @@ def hopper_attention_kernel(
                 ),
             ),
             (
-                _producer,
+                _value_producer,
                 (
+                    turns,
                     values,
-                    None,
                     (values_1, values_2, values_3, values_4),
                     covariance,
                     work,

@@ -145,9 +145,7 @@ def _attend_heads(
     """Fills ``out``, and the part of ``lse`` (of all heads, as ``lists`` are), for some of the heads."""
     target = target_of(query.device)
     layout = PyramidLayout(lists.blocks.shape[1], options.kv_block_size, options.num_levels)
-    is_hopper = hopper.ENABLED and not hopper.hopper_obstacle(
-        target, query.shape[-1], query.dtype, *options[:3], options.with_variance
-    )
+    is_hopper = not hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *options[:3], options.with_variance)
     if is_hopper:
         layout = hopper.hopper_layout(layout)
     pyramid = build_pyramid(
@@ -211,3 +209,13 @@ def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
     if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
         return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
     return None
+
+
+def kernel_note(query: Tensor, plan: Plan) -> str:
+    """For reports: whether the Hopper kernel computes this, and why not; empty on other GPUs."""
+    target = target_of(query.device)
+    if target != "sm_90":
+        return ""
+    sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
+    obstacle = hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *sizes)
+    return f"The Hopper kernel is not used: {obstacle}." if obstacle else "The Hopper kernel is used."
