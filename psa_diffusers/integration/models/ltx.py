@@ -1,0 +1,45 @@
+"""LTX-Video: latents come packed, so that the grid is read from other arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tokens import NO_GRID, Grid, TokenLayout, once_a_tensor, raster_at_the_end
+from .row import ModelRow
+
+
+def _named_grid(arguments: Mapping[str, Any]) -> Grid | None:
+    grid = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    return grid if all(isinstance(size, int) and size > 0 for size in grid) else None
+
+
+@once_a_tensor
+def _grid_of_coordinates(coordinates: Tensor) -> Grid | tuple[()]:
+    # [batch, 3, tokens]; the samples of a batch differ in nothing.
+    return raster_at_the_end(coordinates[0].transpose(0, 1))
+
+
+def _layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
+    tokens, grid = arguments["hidden_states"].shape[1], _named_grid(arguments)
+    if grid is not None and math.prod(grid) == tokens:
+        return TokenLayout(grid)
+    # Keyframes and clips are put before the video, and only the coordinates tell them apart.
+    coordinates = arguments.get("video_coords")
+    grid = _grid_of_coordinates(coordinates) if coordinates is not None else None
+    return TokenLayout(grid, before=tokens - math.prod(grid)) if grid else NO_GRID
+
+
+LTX = ModelRow(
+    title="LTX-Video (T2V, I2V, condition)",
+    transformers=("LTXVideoTransformer3DModel",),
+    natives=("LTXVideoAttnProcessor",),
+    attention=r"transformer_blocks\.\d+\.attn1",
+    layout=_layout,
+    sparse="`attn1`",
+    text="cross-attention; keyframes and clips of the condition pipeline come first",
+    grid="`num_frames`, `height`, `width`, else `video_coords`, read once a run",
+)
