@@ -258,15 +258,16 @@ class PSAProcessor(SparseProcessor):
 
     def _dense_reason_of(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
         """Why this call cannot be sparse, by what the native processor asks for; None where it can."""
-        layout, mask, (batch, length) = self._call.layout, options.get("attn_mask"), query.shape[:2]
+        mask, (batch, length) = options.get("attn_mask"), query.shape[:2]
+        layout = self._call.layout.of_length(length)
         reasons = {
-            "attention mask": mask is not None and not layout.explains(mask, batch, length),
+            "attention mask": mask is not None and not (layout and layout.explains(mask, batch, length)),
             "causal attention": options.get("is_causal", False),
             "dropout": options.get("dropout_p", 0.0) > 0,
             "grouped queries": options.get("enable_gqa", False) or key.shape[2] != query.shape[2],
             "context parallel": options.get("parallel_config") is not None,
             "gradients needed": torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
-            "other tokens than the grid's": length != key.shape[1] or not layout.fits(length),
+            "other tokens than the grid's": layout is None or length != key.shape[1],
             "one block of keys": key.shape[1] <= self.config.kv_block_size,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
@@ -275,7 +276,7 @@ class PSAProcessor(SparseProcessor):
         self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None, padded: bool
     ) -> Plan:
         """A new plan, or the one of an earlier step while ``refresh_every`` allows."""
-        call, config, layout = self._call, self.config, self._call.layout
+        call, config, layout = self._call, self.config, self._call.layout.of_length(query.shape[1])
         owner, facts = (slot, call.branch, slot.calls), (query.shape, key.shape, query.device, padded)
         made, made_for, made_in, plan = self._plans.pop(owner, (-1, None, layout, None))
         kept = made_for == facts and layout.same_as(made_in)

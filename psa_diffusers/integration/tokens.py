@@ -28,6 +28,7 @@ class TokenLayout:
         before, after: How many other tokens there are on each side.
         after_varies: The model drops padded text before attention: from none to ``after`` tokens may be there.
         key_lengths: int [batch], tokens from that one on are padding, wherever the native masks it; None = nothing is.
+        elsewhere: The tokens that other blocks of the model see, told apart by how many there are.
         padding_of: The tensors that key_lengths was read from. Pipelines give the same ones to every step of a run.
     """
 
@@ -37,11 +38,14 @@ class TokenLayout:
     after_varies: bool = False
     key_lengths: Tensor | None = None
     padding_of: tuple[Tensor, ...] = ()
+    elsewhere: TokenLayout | None = None
 
-    def fits(self, length: int) -> bool:
-        """Whether a sequence of this length can be this one."""
+    def of_length(self, length: int) -> TokenLayout | None:
+        """The layout of a sequence of this length: this one or ``elsewhere``; None if neither can have it."""
         others = length - math.prod(self.grid) - self.before
-        return 0 <= others <= self.after if self.after_varies else others == self.after
+        if 0 <= others <= self.after if self.after_varies else others == self.after:
+            return self
+        return None if self.elsewhere is None else self.elsewhere.of_length(length)
 
     def same_as(self, other: TokenLayout) -> bool:
         """Whether the tokens are certain to lie alike; what is padding is not compared, which would wait for a GPU."""
@@ -84,14 +88,6 @@ def _around(start: int, end: int, length: int) -> Tensor:
     mask = torch.ones(length, dtype=torch.bool)
     mask[start:end] = False
     return mask
-
-
-def patched_grid(shape: Any, patch_size: Grid) -> Grid | None:
-    """Token grid of latents [batch, channels, frames, height, width] cut into patches; None if they are not 5-D."""
-    if len(shape) != 5:
-        return None
-    frames, height, width = (size // patch for size, patch in zip(shape[2:], patch_size, strict=True))
-    return frames, height, width
 
 
 # -- what is read from tensors ------------------------------------------------------------------------------------

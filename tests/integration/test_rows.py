@@ -1,6 +1,7 @@
 """Another model comes by a row of the table: here one with text before the video, and attention of the older kind."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 
 from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, models, psa_statistics
 from psa_diffusers.integration.models import ROWS, find_row
-from psa_diffusers.integration.models.row import ModelRow
-from psa_diffusers.integration.tokens import NO_GRID, TokenLayout, patched_grid
+from psa_diffusers.integration.models.row import ModelRow, latent_grid
+from psa_diffusers.integration.tokens import NO_GRID, TokenLayout
 
 from .tiny_wan import tiny_config, transformer
 
@@ -49,7 +50,7 @@ class JointTransformer(nn.Module, ConfigMixin):
 
 
 def joint_layout(model, arguments):
-    grid = patched_grid(arguments["hidden_states"].shape, model.config.patch_size)
+    grid = latent_grid(model, arguments)
     text = arguments["encoder_hidden_states"].shape[1]
     return TokenLayout(grid, before=text)
 
@@ -128,6 +129,16 @@ def test_find_row():
     assert find_row(nn.Linear(1, 1)) is None
 
 
-def test_patched_grid():
-    assert patched_grid(torch.Size([1, 16, 5, 8, 12]), (1, 2, 2)) == (5, 4, 6)
-    assert patched_grid(torch.Size([1, 16, 5]), (1, 2, 2)) is None
+@pytest.mark.parametrize(
+    ("shape", "channels", "config", "grid"),
+    [
+        ((1, 16, 5, 8, 12), 1, {"patch_size": (1, 2, 2)}, (5, 4, 6)),
+        ((1, 6, 16, 8, 12), 2, {"patch_size": 2, "patch_size_t": 2}, (3, 4, 6)),
+        ((1, 6, 16, 8, 12), 2, {"patch_size": 2, "patch_size_t": None}, (6, 4, 6)),
+        ((1, 5, 8, 12, 16), 4, {"patch_size": (1, 2, 2)}, (5, 4, 6)),
+        ((1, 5, 16), 1, {"patch_size": 2}, None),
+    ],
+)
+def test_latent_grid(shape, channels, config, grid):
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    assert latent_grid(model, {"hidden_states": torch.empty(shape)}, channels) == grid

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import cogvideox, hunyuan_video, ltx, mochi, wan
+from . import (
+    allegro,
+    anyflow,
+    cogvideox,
+    cosmos,
+    dense,
+    easyanimate,
+    helios,
+    hunyuan_video,
+    kandinsky,
+    ltx,
+    minimax_h3,
+    mochi,
+    motif_video,
+    wan,
+)
 from .row import ModelRow
 
 ROWS: tuple[ModelRow, ...] = (
@@ -15,7 +30,23 @@ ROWS: tuple[ModelRow, ...] = (
     hunyuan_video.HUNYUAN_VIDEO_15,
     cogvideox.COGVIDEOX,
     ltx.LTX,
+    ltx.LTX_2,
     mochi.MOCHI,
+    cosmos.COSMOS,
+    kandinsky.KANDINSKY_5,
+    allegro.ALLEGRO,
+    easyanimate.EASYANIMATE,
+    anyflow.ANYFLOW,
+    motif_video.MOTIF_VIDEO,
+    helios.HELIOS,
+    minimax_h3.MINIMAX_H3,
+    # Dense, with the reason.
+    cosmos.COSMOS_3,
+    anyflow.ANYFLOW_FAR,
+    dense.SANA_VIDEO,
+    dense.LATTE,
+    dense.WAN_ANIMATE_2,
+    dense.KANDINSKY_6_SR,
 )
 
 

@@ -7,18 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..tokens import NO_GRID, TokenLayout, patched_grid
-from .row import ModelRow
+from ..tokens import NO_GRID, TokenLayout
+from .row import ModelRow, latent_grid
 
 
 def _layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    latents, patch = arguments["hidden_states"], model.config.patch_size
-    if latents.ndim != 5:
-        return NO_GRID
-    batch, frames, channels, height, width = latents.shape
-    patch_t = getattr(model.config, "patch_size_t", None) or 1  # 1.5 pairs frames
-    grid = patched_grid((batch, channels, frames, height, width), (patch_t, patch, patch))
-    return TokenLayout(grid, before=arguments["encoder_hidden_states"].shape[1])
+    grid = latent_grid(model, arguments, channels=2)
+    return TokenLayout(grid, before=arguments["encoder_hidden_states"].shape[1]) if grid else NO_GRID
 
 
 COGVIDEOX = ModelRow(

@@ -8,19 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from ..tokens import NO_GRID, Grid, TokenLayout, patched_grid, real_counts
-from .row import ModelRow, single_after_dual
+from ..tokens import NO_GRID, TokenLayout, real_counts
+from .row import ModelRow, latent_grid, single_after_dual
 
 JOINT = r"(single_)?transformer_blocks\.\d+\.attn"
 
 
-def _grid(model: nn.Module, arguments: Mapping[str, Any]) -> Grid | None:
-    patch, patch_t = model.config.patch_size, model.config.patch_size_t
-    return patched_grid(arguments["hidden_states"].shape, (patch_t, patch, patch))
-
-
 def _layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    grid, mask = _grid(model, arguments), arguments["encoder_attention_mask"]
+    grid, mask = latent_grid(model, arguments), arguments["encoder_attention_mask"]
     if grid is None:
         return NO_GRID
     # The model counts the real text tokens and takes them to come first, whatever the mask looks like.
@@ -51,7 +46,7 @@ def _history_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 def _framepack_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    grid, mask, before = _grid(model, arguments), arguments["encoder_attention_mask"], _history_tokens(arguments)
+    grid, mask, before = latent_grid(model, arguments), arguments["encoder_attention_mask"], _history_tokens(arguments)
     if grid is None:
         return NO_GRID
     image = arguments["image_embeds"].shape[1]
@@ -66,7 +61,7 @@ def _framepack_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLa
 
 
 def _layout_15(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    grid, image = _grid(model, arguments), arguments["image_embeds"]
+    grid, image = latent_grid(model, arguments), arguments["image_embeds"]
     if grid is None:
         return NO_GRID
     # The model sorts its three conditions so that what is real comes first. Text-to-video gives zeros for an image, and

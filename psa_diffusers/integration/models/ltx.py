@@ -43,3 +43,23 @@ LTX = ModelRow(
     text="cross-attention; keyframes and clips of the condition pipeline come first",
     grid="`num_frames`, `height`, `width`, else `video_coords`, read once a run",
 )
+
+
+def _layout_2(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
+    tokens, grid = arguments["hidden_states"].shape[1], _named_grid(arguments)
+    # Keyframes and references are put after the video.
+    if grid is None or tokens < math.prod(grid):
+        return NO_GRID
+    return TokenLayout(grid, after=tokens - math.prod(grid))
+
+
+LTX_2 = ModelRow(
+    title="LTX-2 (T2V, I2V, condition, IC-LoRA)",
+    transformers=("LTX2VideoTransformer3DModel",),
+    natives=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+    attention=r"transformer_blocks\.\d+\.attn1",
+    layout=_layout_2,
+    sparse="`attn1` (video to video); audio and audio-video attention stay dense, and all does under a reference mask",
+    text="cross-attention; keyframes and references come last",
+    grid="`num_frames`, `height`, `width`",
+)

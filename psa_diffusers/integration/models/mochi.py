@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..tokens import NO_GRID, TokenLayout, patched_grid
-from .row import ModelRow
+from ..tokens import NO_GRID, TokenLayout
+from .row import ModelRow, latent_grid
 
 
 def _layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    patch = model.config.patch_size
-    grid = patched_grid(arguments["hidden_states"].shape, (1, patch, patch))
+    grid = latent_grid(model, arguments)
     if grid is None:
         return NO_GRID
     return TokenLayout(grid, after=arguments["encoder_hidden_states"].shape[1], after_varies=True)

@@ -9,7 +9,28 @@ from typing import Any
 
 from torch import nn
 
-from ..tokens import TokenLayout
+from ..tokens import NO_GRID, Grid, TokenLayout
+
+
+def latent_grid(model: nn.Module, arguments: Mapping[str, Any], channels: int = 1) -> Grid | None:
+    """Token grid of ``hidden_states``, 5-D with the channels at this place, cut into the model's patches; None if not.
+
+    ``config.patch_size`` is (frames, height, width), or one number for both sides beside ``patch_size_t`` (default 1).
+    """
+    latents, patch = arguments["hidden_states"], model.config.patch_size
+    if latents.ndim != 5:
+        return None
+    if isinstance(patch, int):
+        patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
+    sizes = [size for place, size in enumerate(latents.shape) if place not in (0, channels)]
+    frames, height, width = (size // cut for size, cut in zip(sizes, patch, strict=True))
+    return frames, height, width
+
+
+def video_alone(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
+    """The layout of models whose self-attention sees latents [batch, channels, frames, height, width] and no more."""
+    grid = latent_grid(model, arguments)
+    return TokenLayout(grid) if grid else NO_GRID
 
 
 def block_index(model: nn.Module, name: str) -> int:

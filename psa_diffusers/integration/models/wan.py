@@ -7,15 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..tokens import NO_GRID, TokenLayout, patched_grid
-from .row import ModelRow, block_index
-
-
-def _layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    # Image-to-video concatenates its condition along the channels, and control (VACE, pose) is added to the video: the
-    # sequence is the video alone. Wan-Animate's has one frame more, the reference.
-    grid = patched_grid(arguments["hidden_states"].shape, model.config.patch_size)
-    return TokenLayout(grid) if grid else NO_GRID
+from ..tokens import TokenLayout
+from .row import ModelRow, block_index, video_alone
 
 
 def _layer(model: nn.Module, name: str) -> int:
@@ -25,7 +18,7 @@ def _layer(model: nn.Module, name: str) -> int:
 
 
 def _skyreels_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | str:
-    return "block-causal attention" if model.config.num_frame_per_block > 1 else _layout(model, arguments)
+    return "block-causal attention" if model.config.num_frame_per_block > 1 else video_alone(model, arguments)
 
 
 WAN = ModelRow(
@@ -38,7 +31,9 @@ WAN = ModelRow(
     ),
     natives=("WanAttnProcessor", "WanAttnProcessor2_0"),
     attention=r"(vace_)?blocks\.\d+\.attn1",
-    layout=_layout,
+    # Image-to-video concatenates its condition along the channels, and control (VACE, pose) is added to the video: the
+    # sequence is the video alone. Wan-Animate's has one frame more, the reference.
+    layout=video_alone,
     layer=_layer,
     sparse="`attn1`, also of the VACE blocks; Animate's face adapter stays dense",
     text="cross-attention",
