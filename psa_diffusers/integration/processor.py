@@ -17,10 +17,11 @@ from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations
 from .compiled import register_processor
+from .models import ModelRow, find_row, known_transformers
 from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
 from .statistics import PSAStatistics
-from .tokens import TokenLayout, find_row, known_transformers
+from .tokens import TokenLayout
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +40,7 @@ class ForwardCall:
     layout: TokenLayout | None
     branch: str | int
     slots: tuple[AttentionSlot, ...]
+    calls: int = 1  # of the attention function by each attention module
 
 
 class PSAProcessor(SparseProcessor):
@@ -61,7 +63,7 @@ class PSAProcessor(SparseProcessor):
         config: Settings; default ``PSAConfig()``.
 
     Raises:
-        ValueError: no transformer of the pipeline is known here (the message lists those that are).
+        ValueError: no transformer of the pipeline can be sparse (the message says why, or lists those that can).
         TypeError: an argument is of another type.
     """
 
@@ -73,10 +75,7 @@ class PSAProcessor(SparseProcessor):
         self.config = config or PSAConfig()
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []
         if pipe_or_model is not None and not models:
-            raise ValueError(
-                f"PSAProcessor: {type(pipe_or_model).__name__} has no transformer that PSA knows; known are "
-                f"{', '.join(known_transformers())}."
-            )
+            raise ValueError(f"PSAProcessor: {_why_none(pipe_or_model)}")
         is_pipe = bool(models) and not isinstance(pipe_or_model, nn.Module)
         self._pipe = weakref.ref(pipe_or_model) if is_pipe else _no_pipe
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
@@ -92,17 +91,17 @@ class PSAProcessor(SparseProcessor):
         self._call = ForwardCall(None, None, 0, ())
         self._slot: AttentionSlot | None = None  # the attention module that is being called
         self._counted: tuple[Step | None, int, int] = (None, 0, 0)  # step, transformer, forwards of it in the step
-        self._plans: dict[tuple[AttentionSlot, str | int], tuple[int, tuple, Plan]] = {}
+        self._plans: dict[tuple[AttentionSlot, str | int, int], tuple[int, tuple, TokenLayout, Plan]] = {}
         self._warned = False
 
     def _build_routes(self) -> None:
         self._id, self._prepared = register_processor(self), bool(self._slots)
         # Now, and one a class, so that a compiled block finds one and the same function at every call.
+        widen_signature(PSAProcessor.__call__, {type(slot.native) for slot in self._slots})
         natives = {type(slot.native) for slot in self._slots if slot.self_attention}
         known = {type(slot.native) for slot in self._slots if slot.self_attention and slot.known}
         routes = {native: reroute(native, self._attention) for native in known}
         self._routes = {native: route for native, route in routes.items() if route is not None}
-        widen_signature(PSAProcessor.__call__, natives)
         for native in natives - set(self._routes):
             logger.warning(f"PSA cannot reroute {native.__name__}: the attention that it computes stays dense.")
 
@@ -163,13 +162,15 @@ class PSAProcessor(SparseProcessor):
             self._plans.clear()
         if step is not None:
             self.statistics.count_step(step)
-        layout, reason = patch.row.layout(model, arguments), dense_reason(step, self.config)
+        layout, reason = None, dense_reason(step, self.config)
         if reason == STEP_UNKNOWN:
             self._warn_of_unknown_step()
-        elif reason is None and layout is None:
-            reason = "token grid unknown"
+        elif reason is None:
+            layout = patch.row.layout(model, arguments)
+            reason = layout if isinstance(layout, str) else None
         branch = self._branch(model, patch, step, new_run)
-        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention))
+        calls = len(arguments["hidden_states"]) if patch.row.one_sample_a_call else 1
+        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention), calls)
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
         self._count_compiled(patch, slots)
@@ -189,7 +190,7 @@ class PSAProcessor(SparseProcessor):
         blocks = patch.compiled()
         for slot in slots if blocks else ():
             if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
-                self.statistics.count_dense(slot.dense_reason)
+                self.statistics.count_dense(slot.dense_reason, self._call.calls)
 
     def _branch(self, model: nn.Module, patch: ModelPatch, step: Step | None, new_run: bool) -> str | int:
         """Which of a step's forwards this is: as the pipeline names it, else by its number in the step."""
@@ -217,26 +218,31 @@ class PSAProcessor(SparseProcessor):
             self._slot = slot
             return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
         if slot.self_attention and not torch.compiler.is_compiling():
-            self.statistics.count_dense(slot.dense_reason)
+            self.statistics.count_dense(slot.dense_reason, self._call.calls)
         return slot.native(attn, *args, **kwargs)
 
     def _attention(self, dense: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Stands in for the attention function of a native processor; [batch, seq, heads, head_dim]."""
         reason, scale = self._dense_reason_of(query, key, value, options), options.get("scale")
+        padded = options.get("attn_mask") is not None
         if torch.compiler.is_compiling():
             if reason is not None:
                 return dense(query, key, value, **options)
-            return torch.ops.psa_diffusers.self_attention(query, key, value, self._slot.position, self._id, scale)
+            position = self._slot.position
+            return torch.ops.psa_diffusers.self_attention(query, key, value, position, self._id, scale, padded)
         if reason is not None:
             self.statistics.count_dense(reason)
             return dense(query, key, value, **options)
-        return self._attend(query, key, value, self._slot, scale)
+        return self._attend(query, key, value, self._slot, scale, padded)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None, padded: bool
+    ) -> Tensor:
         """Plan and compute one call of this attention module, and count it."""
         statistics, config = self.statistics, self.config
         with statistics.timed("planning", query.device):
-            plan = self._plan(query, key, value, slot, scale)
+            plan = self._plan(query, key, value, slot, scale, padded)
+        slot.calls += 1
         if statistics.backend is None:
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device):
@@ -244,38 +250,52 @@ class PSAProcessor(SparseProcessor):
         statistics.count_sparse(plan)
         return output
 
-    def attend_at(self, query: Tensor, key: Tensor, value: Tensor, position: int, scale: float | None) -> Tensor:
+    def attend_at(
+        self, query: Tensor, key: Tensor, value: Tensor, position: int, scale: float | None, padded: bool
+    ) -> Tensor:
         """One sparse call, for the attention module at this position of the transformer that is running."""
-        return self._attend(query, key, value, self._call.slots[position], scale)
+        return self._attend(query, key, value, self._call.slots[position], scale, padded)
 
     def _dense_reason_of(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
         """Why this call cannot be sparse, by what the native processor asks for; None where it can."""
+        mask, (batch, length) = options.get("attn_mask"), query.shape[:2]
+        layout = self._call.layout.of_length(length)
         reasons = {
-            "attention mask": options.get("attn_mask") is not None,
+            "attention mask": mask is not None and not (layout and layout.explains(mask, batch, length)),
             "causal attention": options.get("is_causal", False),
             "dropout": options.get("dropout_p", 0.0) > 0,
             "grouped queries": options.get("enable_gqa", False) or key.shape[2] != query.shape[2],
             "context parallel": options.get("parallel_config") is not None,
             "gradients needed": torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
-            "other tokens than the grid's": not query.shape[1] == key.shape[1] == self._call.layout.length,
+            "other tokens than the grid's": layout is None or length != key.shape[1],
             "one block of keys": key.shape[1] <= self.config.kv_block_size,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
-    def _plan(self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None) -> Plan:
+    def _plan(
+        self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None, padded: bool
+    ) -> Plan:
         """A new plan, or the one of an earlier step while ``refresh_every`` allows."""
-        call, config = self._call, self.config
-        owner = (slot, call.branch)
-        facts = (query.shape, key.shape, query.device, call.layout.grid)
-        made, made_for, plan = self._plans.pop(owner, (-1, None, None))
-        if plan is None or made_for != facts or not 0 < call.step.index - made < config.refresh_every:
-            layout, made = call.layout, call.step.index
-            where = {"grid": layout.grid, "full_tokens": layout.full_tokens, "key_lengths": layout.key_lengths}
-            plan = operations.build_plan(query, key, value, config, scale=scale, **where)
+        call, config, layout = self._call, self.config, self._call.layout.of_length(query.shape[1])
+        owner, facts = (slot, call.branch, slot.calls), (query.shape, key.shape, query.device, padded)
+        made, made_for, made_in, plan = self._plans.pop(owner, (-1, None, layout, None))
+        kept = made_for == facts and layout.same_as(made_in)
+        if not kept or not 0 < call.step.index - made < config.refresh_every:
+            made = call.step.index
+            plan = operations.build_plan(
+                query,
+                key,
+                value,
+                config,
+                scale=scale,
+                grid=layout.grid,
+                full_tokens=layout.full_tokens(query.shape[1]),
+                key_lengths=layout.key_lengths if padded else None,
+            )
         ahead = call.step.index + 1
         sparse_until = call.step.total - dense_steps(config.dense_last, call.step.total)
         if ahead < min(made + config.refresh_every, sparse_until):
-            self._plans[owner] = (made, facts, plan)
+            self._plans[owner] = (made, facts, layout, plan)
         return plan
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -303,11 +323,16 @@ class PSAProcessor(SparseProcessor):
 
 
 def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
-    """The transformers of a pipeline (or the model itself) that have a row, each once.
+    """The transformers of a pipeline (or the model itself) that can be sparse, each once.
 
     Raises:
         TypeError: it is neither a pipeline nor a model.
     """
+    return [model for model, row in _known_models(pipe_or_model) if not row.dense]
+
+
+def _known_models(pipe_or_model: Any) -> list[tuple[nn.Module, ModelRow]]:
+    """The models that have a row, each once, with it."""
     if isinstance(pipe_or_model, nn.Module):
         components = [pipe_or_model]
     elif isinstance(getattr(pipe_or_model, "components", None), Mapping):
@@ -316,7 +341,16 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
         raise TypeError(f"PSA needs a diffusers pipeline or a transformer, but got a {type(pipe_or_model).__name__}.")
     # A compiled model keeps its original as _orig_mod.
     models = [getattr(module, "_orig_mod", module) for module in components if isinstance(module, nn.Module)]
-    return list({id(model): model for model in models if find_row(model) is not None}.values())
+    rows = {id(model): (model, find_row(model)) for model in models}
+    return [(model, row) for model, row in rows.values() if row is not None]
+
+
+def _why_none(pipe_or_model: Any) -> str:
+    dense = [f"{type(model).__name__} stays dense: {row.dense}." for model, row in _known_models(pipe_or_model)]
+    if dense:
+        return " ".join(dense)
+    known = ", ".join(known_transformers())
+    return f"{type(pipe_or_model).__name__} has no transformer that PSA knows; known are {known}."
 
 
 def installed_processors(models: list[nn.Module]) -> list[PSAProcessor]:
