@@ -15,7 +15,7 @@ def gather_ranks(counts: Tensor, group: Any) -> tuple[Tensor, int]:
     A collective: every process of the group takes part, in the same order of calls. A GPU is not waited for.
     """
     every = counts.new_empty((dist.get_world_size(group), *counts.shape))
-    dist.all_gather_into_tensor(every, counts.contiguous(), group=group)
+    dist.all_gather(list(every.unbind(0)), counts.contiguous(), group=group)
     return every, dist.get_rank(group)
 
 
