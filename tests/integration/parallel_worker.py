@@ -128,7 +128,7 @@ def compiled():
 def cases(has_anything: bool) -> dict:
     results = {}
     for name, (kind, model, config, size, parallel) in sparse_cases().items():
-        if has_anything or not parallel:
+        if has_anything or not (parallel or kind == "i2v"):  # 0.36 cannot split the text of image-to-video
             results[name] = run(make_parallel(make_pipeline(kind, **model), **parallel), config, size)
     results["one expert"] = one_expert_parallel()
     results["enabled before"] = enabled_before_parallel()

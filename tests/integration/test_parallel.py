@@ -52,7 +52,7 @@ def ranks(tmp_path_factory):
 def of_case(ranks, name):
     found = [results.get(name) for results in ranks]
     if found[0] is None:
-        pytest.skip("this diffusers splits only what can be split evenly")
+        pytest.skip("this diffusers does not split that")
     return found
 
 
