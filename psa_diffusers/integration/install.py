@@ -73,11 +73,12 @@ def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:
     """Say which transformers stay dense."""
     parts = {"model": pipe} if isinstance(pipe, nn.Module) else pipe.components
     known = {id(model) for model in models}
-    found = {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
     strangers = [
         f"{name} ({type(part).__name__})"
-        for name, part in found.items()
-        if id(part) not in known and ("transformer" in name or "Transformer" in type(part).__name__)
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+        and known.isdisjoint(map(id, part.modules()))
+        and ("transformer" in name or "Transformer" in type(part).__name__)
     ]
     if strangers:
         logger.warning(f"PSA leaves {', '.join(strangers)} dense; it knows {', '.join(known_transformers())}.")

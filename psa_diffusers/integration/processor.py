@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations
-from .compiled import register_processor
+from .caches import cache_config, extrapolation_note
+from .compiled import intercepted, register_processor
 from .native import OUTSIDE, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
-from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
+from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps, rounding_note
 from .statistics import PSAStatistics
 from .tokens import TokenLayout, find_row, known_transformers
 
@@ -162,7 +163,7 @@ class PSAProcessor(SparseProcessor):
         if new_run or self._counted[1] != id(model):
             self._plans.clear()
         if step is not None:
-            self.statistics.count_step(step)
+            self._begin_step(model, step, new_run)
         layout, reason = patch.row.layout(model, arguments), dense_reason(step, self.config)
         if reason == STEP_UNKNOWN:
             self._warn_of_unknown_step()
@@ -173,6 +174,17 @@ class PSAProcessor(SparseProcessor):
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
         self._count_compiled(patch, slots)
+
+    def _begin_step(self, model: nn.Module, step: Step, new_run: bool) -> None:
+        """Count the step, and at a run's begin say what the user may want to change."""
+        self.statistics.count_step(step, cached=cache_config(model) is not None)
+        notes = (rounding_note(self.config, step.total), extrapolation_note(model, self.config, step.total))
+        for note in notes if new_run else ():
+            if note is not None:
+                self.statistics.note(note)
+        # Where a cache skips calls, a plan's last use may not come.
+        kept = self._plans.items()
+        self._plans = {owner: plan for owner, plan in kept if self._plan_ends(plan[0], step) > step.index}
 
     def end_forward(self, patch: ModelPatch) -> None:
         """The transformer call is over, by its end or by an error (called by its hook)."""
@@ -256,6 +268,7 @@ class PSAProcessor(SparseProcessor):
             "dropout": options.get("dropout_p", 0.0) > 0,
             "grouped queries": options.get("enable_gqa", False) or key.shape[2] != query.shape[2],
             "context parallel": options.get("parallel_config") is not None,
+            "attention intercepted": intercepted(),
             "gradients needed": torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
             "other tokens than the grid's": not query.shape[1] == key.shape[1] == self._call.layout.length,
             "one block of keys": key.shape[1] <= self.config.kv_block_size,
@@ -272,11 +285,13 @@ class PSAProcessor(SparseProcessor):
             layout, made = call.layout, call.step.index
             where = {"grid": layout.grid, "full_tokens": layout.full_tokens, "key_lengths": layout.key_lengths}
             plan = operations.build_plan(query, key, value, config, scale=scale, **where)
-        ahead = call.step.index + 1
-        sparse_until = call.step.total - dense_steps(config.dense_last, call.step.total)
-        if ahead < min(made + config.refresh_every, sparse_until):
+        if call.step.index + 1 < self._plan_ends(made, call.step):
             self._plans[owner] = (made, facts, plan)
         return plan
+
+    def _plan_ends(self, made: int, step: Step) -> int:
+        """The first step that may no longer use a plan made in step ``made``."""
+        return min(made + self.config.refresh_every, step.total - dense_steps(self.config.dense_last, step.total))
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
@@ -314,9 +329,13 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
         components = list(pipe_or_model.components.values())
     else:
         raise TypeError(f"PSA needs a diffusers pipeline or a transformer, but got a {type(pipe_or_model).__name__}.")
-    # A compiled model keeps its original as _orig_mod.
-    models = [getattr(module, "_orig_mod", module) for module in components if isinstance(module, nn.Module)]
-    return list({id(model): model for model in models if find_row(model) is not None}.values())
+    models = [_known_in(module) for module in components if isinstance(module, nn.Module)]
+    return list({id(model): model for model in models if model is not None}.values())
+
+
+def _known_in(module: nn.Module) -> nn.Module | None:
+    """The module, or what it wraps (torch.compile, PEFT, DDP), if it has a row."""
+    return next((part for part in module.modules() if find_row(part) is not None), None)
 
 
 def installed_processors(models: list[nn.Module]) -> list[PSAProcessor]:
