@@ -50,7 +50,7 @@ class PSAStatistics:
     # -- counting -------------------------------------------------------------------------------------------------
 
     def count_step(self, step: Step, cached: bool = False) -> None:
-        """A forward of this step begins. It is dense (with a cache: skipped) until one of its calls is something else."""
+        """A forward of this step begins. It is dense (with a cache: skipped) until its calls say otherwise."""
         if not self.steps or self.steps[-1][:2] != (step.index, step.total):
             self.steps.append((step.index, step.total, SKIPPED if cached else DENSE))
 
