@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import PSAConfig
 from .native import PATCH, detach, set_processor
-from .processor import PSAProcessor, installed_processors, transformers_of
+from .processor import PSAProcessor, installed_processors, no_transformer, transformers_of
 from .statistics import PSAStatistics
 from .tokens import known_transformers
 
@@ -83,6 +83,4 @@ def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:
     if strangers:
         logger.warning(f"PSA leaves {', '.join(strangers)} dense; it knows {', '.join(known_transformers())}.")
     elif not models:
-        raise ValueError(
-            f"enable_psa: {type(pipe).__name__} has no video transformer; PSA knows {', '.join(known_transformers())}."
-        )
+        raise ValueError(f"enable_psa: {no_transformer(pipe)}")

@@ -74,10 +74,7 @@ class PSAProcessor(SparseProcessor):
         self.config = config or PSAConfig()
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []
         if pipe_or_model is not None and not models:
-            raise ValueError(
-                f"PSAProcessor: {type(pipe_or_model).__name__} has no transformer that PSA knows; known are "
-                f"{', '.join(known_transformers())}."
-            )
+            raise ValueError(f"PSAProcessor: {no_transformer(pipe_or_model)}")
         is_pipe = bool(models) and not isinstance(pipe_or_model, nn.Module)
         self._pipe = weakref.ref(pipe_or_model) if is_pipe else _no_pipe
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
@@ -331,6 +328,16 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
         raise TypeError(f"PSA needs a diffusers pipeline or a transformer, but got a {type(pipe_or_model).__name__}.")
     models = [_known_in(module) for module in components if isinstance(module, nn.Module)]
     return list({id(model): model for model in models if model is not None}.values())
+
+
+def no_transformer(pipe_or_model: Any) -> str:
+    """What to say of a pipeline or model in which there is nothing to make sparse."""
+    parts = [pipe_or_model] if isinstance(pipe_or_model, nn.Module) else pipe_or_model.components.values()
+    models = ", ".join(type(part).__name__ for part in parts if isinstance(part, nn.Module))
+    return (
+        f"pipe must have a video transformer that PSA knows ({', '.join(known_transformers())}), but "
+        f"{type(pipe_or_model).__name__} has {models or 'no model'}. Use it as it is, without PSA."
+    )
 
 
 def _known_in(module: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Modular pipelines, whose guiders decide how often the transformer is called a step; and guiders that take attention."""
+"""Modular pipelines, whose guiders decide how often the transformer is called; and guiders that replace attention."""
 
 import pytest
 import torch
