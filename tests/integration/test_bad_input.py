@@ -1,4 +1,4 @@
-"""What PSA cannot use: dense with its reason counted, or an error with the argument, the rule, the value and a way out."""
+"""What PSA cannot use runs dense and is counted, or fails: naming the argument, the rule, the value and a way out."""
 
 import pytest
 import torch

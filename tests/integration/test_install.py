@@ -206,7 +206,7 @@ def test_unknown_transformers_stay_dense_with_a_warning(caplog):
     with pytest.raises(ValueError, match=r"must have a video transformer that PSA knows \(Wan"):
         PSAProcessor(pipe)
     pipe.components = {"unet": torch.nn.Linear(2, 2)}
-    with pytest.raises(ValueError, match="SimpleNamespace has Linear. Use it as it is"):
+    with pytest.raises(ValueError, match=r"SimpleNamespace has Linear\. Use it as it is"):
         enable_psa(pipe)
 
 
