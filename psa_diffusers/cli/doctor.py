@@ -137,7 +137,8 @@ def _worth(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"Measured here, one layer with random weights: dense {measured['dense']:.3f} s, attention being "
             f"{measured['attention_share']:.0%} of it; sparse {measured['sparse']:.3f} s, planning being "
-            f"{measured['planning']:.3f} of it: {measured['step']:.2f}x for a sparse step and {measured['run']:.2f}x for all steps."
+            f"{measured['planning']:.3f} of it. That is {measured['step']:.2f}x for a sparse step and "
+            f"{measured['run']:.2f}x for all steps."
         )
     return lines
 

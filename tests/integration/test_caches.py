@@ -7,7 +7,7 @@ import torch
 from psa_diffusers.integration import enable_psa, operations, psa_statistics
 
 from .checks import check_native_output, kinds
-from .tiny_wan import LAYERS, generate, pipeline, tiny_config
+from .tiny_wan import LAYERS, TEXT_DIM, generate, pipeline, tiny_config
 
 
 def config_class(name):
@@ -104,6 +104,49 @@ def test_a_cache_enabled_and_disabled_after_psa(cache):
     pipe.transformer.disable_cache()
     assert torch.equal(generate(pipe), native)
     assert kinds(pipe) == "dsss"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_faster_cache_that_leaves_out_the_unconditional_half(refresh_every, recorder):
+    """Guidance in one batch: some forwards then run with half of it inside, and plans are made for what runs."""
+
+    def run():
+        pipe.transformer._reset_stateful_cache()
+        pipe.scheduler.set_timesteps(8)
+        latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(2))
+        text = torch.randn(2, 8, TEXT_DIM, generator=torch.Generator().manual_seed(1))
+        for now[0] in pipe.scheduler.timesteps:
+            noise = pipe.transformer(
+                hidden_states=latents.expand(2, -1, -1, -1, -1),
+                timestep=now[0].expand(2),
+                encoder_hidden_states=text,
+                return_dict=False,
+            )[0]
+            latents = pipe.scheduler.step(noise[1:] * 4 - noise[:1] * 3, now[0], latents, return_dict=False)[0]
+        return latents
+
+    pipe, now = pipeline(), [0]
+    config = config_class("FasterCacheConfig")(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 900),
+        spatial_attention_block_identifiers=("^blocks.*attn1",),
+        temporal_attention_block_identifiers=(),
+        unconditional_batch_skip_range=3,
+        unconditional_batch_timestep_skip_range=(-1, 950),
+        current_timestep_callback=lambda: now[0],
+        attention_weight_callback=lambda module: 0.3,
+        tensor_format="BCFHW",
+    )
+    pipe.transformer.enable_cache(config)
+    native = run()
+    calls = len(recorder.calls)
+    enable_psa(pipe, tiny_config(refresh_every=refresh_every))
+    recorder.calls.clear()
+    torch.testing.assert_close(run(), native, rtol=1e-4, atol=1e-4)
+    assert len(recorder.calls) == calls < 8 * LAYERS
+    assert {plan["shape"][0] for plan in recorder.plans} == {1, 2}
+    assert kinds(pipe).startswith("dds") and recorder.calls.count("sparse") == psa_statistics(pipe).sparse_calls
 
 
 @pytest.mark.parametrize("refresh_every", [2, 3])
