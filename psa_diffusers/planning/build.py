@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..config import PSAConfig
 from .blocks import Layout, make_layout, real_positions, unpadded_positions
 from .budget import Limits, spend, step_prices
-from .errors import pair_errors
+from .dispatch import choose_planner
+from .errors import coherent_power, pair_errors
 from .importance import (
     Importance,
     antidiagonal_importance,
@@ -30,6 +33,9 @@ from .validation import (
     check_scale,
     check_tensors,
 )
+
+if TYPE_CHECKING:
+    from .triton.statistics import Statistics
 
 
 @torch.no_grad()
@@ -86,7 +92,8 @@ def build_plan(
         full_tokens=full,
         device=device,
     )
-    levels = _Planner(query, key, value, config, layout, lengths, scale).levels()
+    planner, reason = choose_planner(query, key_length, config)
+    levels = _Planner(query, key, value, config, layout, lengths, scale).levels(planner)
     return Plan(
         level_mask=levels,
         query_length=query_length,
@@ -97,6 +104,8 @@ def build_plan(
         order=layout.order,
         key_lengths=lengths,
         notes=_notes(config, layout, levels.shape),
+        planner=planner,
+        planner_reason=reason,
     )
 
 
@@ -136,8 +145,10 @@ class _Planner:
             self.real = real_positions(key.shape[1], config.kv_block_size, layout.order, lengths, key.device)
             self.counted = self.real.any(2)
 
-    def levels(self) -> Tensor:
-        """int8 [batch, heads, query_blocks, kv_blocks] by the config's rule."""
+    def levels(self, planner: str) -> Tensor:
+        """int8 [batch, heads, query_blocks, kv_blocks] by the config's rule; ``planner`` is "torch" or "triton"."""
+        if planner == "triton":
+            return self._fused_levels()
         config = self.config
         cap = None
         if config.similarity_thresholds is not None:
@@ -191,6 +202,20 @@ class _Planner:
         prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
         return spend(prices, config.compute_budget, config.kv_block_size, limits)
+
+    def _fused_levels(self) -> Tensor:
+        """:meth:`_budget_levels` by GPU kernels."""
+        from .triton import plan_levels
+
+        return plan_levels(
+            self.query, self.key, self.value, self.config, self.layout, self.lengths, self.scale, self._coherent_power
+        )
+
+    def _coherent_power(self, statistics: Statistics) -> Tensor:
+        """float32 [batch, heads, query_blocks], from the GPU kernels' statistics of the blocks."""
+        means = Spread(None, None, statistics.key_mean.float(), statistics.value_mean.float())
+        covariance = measure_covariance(self.key, self.value, means, statistics.counts, self.lengths)
+        return coherent_power(self._query_samples(), covariance, self.scale)
 
     def _query_samples(self) -> Samples:
         config = self.config

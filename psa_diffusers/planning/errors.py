@@ -30,9 +30,9 @@ from .sampling import Samples
 from .spread import Spread
 
 # How far the parts of the covariance term add up over a block: 1 = all alike, 1 / tokens = independent.
-_COHERENCE = 0.1
+COHERENCE = 0.1
 # Power on attention^2.
-_SHRINKAGE = 0.75
+SHRINKAGE = 0.75
 
 
 def pair_errors(
@@ -52,12 +52,12 @@ def pair_errors(
         float32 [num_levels, batch, heads, query_blocks, kv_blocks].
     """
     tiny = torch.finfo(torch.float32).tiny
-    attention = (importance.energy * second).pow_(_SHRINKAGE / 2)
+    attention = (importance.energy * second).pow_(SHRINKAGE / 2)
     shares = importance.score / importance.score.sum(-1, keepdim=True).clamp(min=tiny)
     output = shares @ spread.value_mean
     distance = _value_distance(output, spread.value_mean)
     features = (query_power(query) * scale**2).contiguous()
-    coherent = shares * _coherent_power(query, covariance, scale)[..., None]
+    coherent = shares * coherent_power(query, covariance, scale)[..., None]
     weight = 1.0 / output.square().sum(-1).mean(-1).clamp(min=tiny)[:, :, None, None]
     whole = (features @ spread.key[-1].transpose(2, 3)).mul_(spread.value[-1][:, :, None, :]).clamp_(min=tiny)
     errors = []
@@ -66,11 +66,11 @@ def pair_errors(
         lost = torch.expm1(variance * -0.5).square_().mul_(distance)
         variance.mul_(value_spread[:, :, None, :])
         together = (variance / whole).clamp_(max=1.0).sqrt_().mul_(coherent)
-        errors.append(variance.mul_(_COHERENCE).add_(lost).mul_(attention).add_(together).mul_(weight))
+        errors.append(variance.mul_(COHERENCE).add_(lost).mul_(attention).add_(together).mul_(weight))
     return torch.stack(errors)
 
 
-def _coherent_power(query: Samples, covariance: Tensor, scale: float) -> Tensor:
+def coherent_power(query: Samples, covariance: Tensor, scale: float) -> Tensor:
     """float32 [batch, heads, query_blocks]: mean square of what pooling every block to its centroid would take."""
     moved = (query.rows @ covariance.transpose(2, 3)[:, :, None]).square().sum(-1) * scale**2
     count = query.rows.shape[2] if query.valid is None else query.valid.sum(1).clamp(min=1)[:, None, :]

@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...gpu.kernel_launch import KernelLaunch
 from .attention import attention_launch
-from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .pyramid import empty_pyramid, pyramid_launch
 from .read_lists import empty_read_lists, read_lists_launch

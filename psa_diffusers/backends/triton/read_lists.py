@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...gpu.kernel_launch import KernelLaunch
 from ...planning.plan import Plan
-from .kernel_launch import KernelLaunch
 from .tiles import LIST_CHUNK
 
 

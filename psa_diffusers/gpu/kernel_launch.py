@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One launch. What is inspected (``inspection.py``) is built by the same code as what runs."""
+    """One launch. What is inspected (``backends/triton/inspection.py``) is built by the same code as what runs."""
 
     kernel: Any
     grid: tuple[int, ...]
