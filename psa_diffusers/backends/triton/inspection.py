@@ -16,11 +16,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
+from ...planning.blocks import Layout
+from ...planning.triton.planner import empty_buffers, launches
+from ...planning.triton.statistics import empty_statistics, statistics_launch
 from .attention import attention_launch
 from .layout import PyramidLayout
 from .pyramid import empty_pyramid, pyramid_launch
-from .read_lists import empty_read_lists, read_lists_launch
+from .read_lists import empty_read_lists, launch_order_launch, read_lists_launch
 
 # Shared memory (LDS on AMD) that one block can be launched with, in bytes: CUDA programming guide, table of technical
 # specifications per compute capability (opt-in maximum); CDNA3 ISA guide.
@@ -33,7 +37,8 @@ SHARED_MEMORY_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
-KERNELS = ("attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists")
+PLANNING_KERNELS = ("statistics", "centroids", "sampled", "prices", "bins", "levels")
+KERNELS = ("attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists", "launch_order", *PLANNING_KERNELS)
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -41,6 +46,7 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.bool: "i1",
     torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
@@ -178,11 +184,15 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
+    if case.kernel in PLANNING_KERNELS:
+        return _planning_launch(case, query, order)
     query_blocks = triton.cdiv(case.length, case.query_block_size)
     level_mask = torch.empty(2, case.heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
     lists, lengths = empty_read_lists(level_mask, case.num_levels)
     if case.kernel == "read_lists":
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
+    if case.kernel == "launch_order":
+        return launch_order_launch(lengths, lists, query_blocks)
     return attention_launch(
         query,
         torch.empty_like(query),
@@ -197,8 +207,43 @@ def launch_of(case: Case) -> KernelLaunch:
     )
 
 
+def _planning_launch(case: Case, query: Tensor, order: Tensor | None) -> KernelLaunch:
+    """The launch that the planner makes: with padding, full tokens and the coherent part, unless the case is plain."""
+    config = PSAConfig(
+        query_block_size=case.query_block_size, kv_block_size=case.kv_block_size, num_levels=case.num_levels
+    )
+    key_lengths, is_plain = torch.empty(2, dtype=torch.int64, device="meta"), case.is_plain
+    statistics = empty_statistics(query, case.kv_block_size, case.num_levels, config.sampled_keys)
+    kv_blocks, query_blocks = statistics.counts.shape[1], triton.cdiv(case.length, case.query_block_size)
+    if case.kernel == "statistics":
+        draws = torch.empty(kv_blocks, case.kv_block_size, dtype=torch.int16, device="meta")
+        padding = None if is_plain else key_lengths
+        sizes = {"kv_block_size": case.kv_block_size}
+        return statistics_launch(query, query, statistics, draws, order=order, key_lengths=padding, **sizes)
+    full = [None if is_plain else torch.empty(size, dtype=torch.bool, device="meta") for size in (query_blocks, kv_blocks)]
+    layout = Layout(order, full[0], full[1], 0)
+    drawn = min(2 * config.sampled_queries, case.query_block_size)
+    positions = torch.empty(query_blocks, drawn, dtype=torch.int32, device="meta")
+    buffers = empty_buffers(query, positions, statistics, with_shares=not is_plain)
+    coherent = None if is_plain else torch.empty_like(buffers.output_power)
+    made = launches(
+        query,
+        query,
+        config,
+        layout,
+        positions,
+        statistics,
+        buffers,
+        coherent,
+        case.head_dim**-0.5,
+        is_padded=not is_plain,
+        target=case.target,
+    )
+    return dict(zip(PLANNING_KERNELS[1:], made, strict=True))[case.kernel]
+
+
 def _tile_of(launch: KernelLaunch) -> str:
-    shapes = (("BLOCK_M", "BLOCK_N"), ("CHUNK",), ("KV_BLOCK", "BLOCK_D"))
+    shapes = (("BLOCK_M", "BLOCK_N"), ("ROWS", "CHUNK"), ("CHUNK",), ("TILE",), ("KV_BLOCK", "BLOCK_D"))
     names = next(names for names in shapes if set(names) <= set(launch.arguments))
     return "x".join(str(launch.arguments[name]) for name in names)
 

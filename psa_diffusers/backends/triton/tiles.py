@@ -9,6 +9,7 @@ import torch
 from ...gpu.target import padded_head_dim
 
 LIST_CHUNK = 1024  # level mask entries that the list kernel compacts at a time
+ORDER_TILE = (32, 128)  # rows that the launch order kernel places, x rows that it compares them with, at a time
 
 
 @dataclass(frozen=True)

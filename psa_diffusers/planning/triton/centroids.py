@@ -13,7 +13,7 @@ from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.target import padded_head_dim
 from .samples import add_to_softmax, log_of_sum, sampled_rows, samples_of_blocks, sum_of_blocks
 from .statistics import Statistics
-from .tiles import centroid_tile
+from .tiles import centroid_tile, precision_of
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def centroid_launch(
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "LOG_KV_BLOCK": kv_block_size.bit_length() - 1,
-        "PRECISION": "ieee",
+        "PRECISION": precision_of(target, query.dtype),
     }
     grid = (triton.cdiv(query_blocks, block_m // padded), heads, batch)
     return KernelLaunch(centroid_kernel, grid, arguments, tile.num_warps, tile.num_stages)

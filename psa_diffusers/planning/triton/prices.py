@@ -15,7 +15,7 @@ from ...gpu.target import padded_head_dim
 from ..errors import COHERENCE
 from .spending import FULL, LOG_BINS, OCTAVES, UNCOUNTED
 from .statistics import Statistics
-from .tiles import prices_tile
+from .tiles import precision_of, prices_tile
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 FORBIDDEN = tl.constexpr(1e30)
@@ -29,19 +29,59 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _rows_of(base, row, inside, channel, HEAD_DIM: tl.constexpr):
+def _slice(base, row, inside, channel, HEAD_DIM: tl.constexpr):
     mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
     return tl.load(base + row[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _squared_distance(output, values, PRECISION: tl.constexpr):
-    """[BM, BN]: squared distance of each output [BM, BD] from each value [BN, BD], of the numbers as they are stored."""
-    product = tl.dot(output, tl.trans(values), input_precision=PRECISION)
-    output = output.to(tl.float32)
-    values = values.to(tl.float32)
-    norms = tl.sum(output * output, axis=1)[:, None] + tl.sum(values * values, axis=1)[None, :]
-    return tl.maximum(norms - 2.0 * product, 0.0)
+def _products(
+    left,
+    row,
+    is_row,
+    right,
+    column,
+    is_column,
+    channels,
+    HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BM, BN]: rows of ``left`` times columns of ``right``, a few channels at a time, so that registers suffice."""
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for start in range(0, channels, DEPTH):
+        channel = start + tl.arange(0, DEPTH)
+        rows = _slice(left, row, is_row, channel, HEAD_DIM)
+        columns = _slice(right, column, is_column, channel, HEAD_DIM)
+        total = tl.dot(rows, tl.trans(columns), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _squared_distances(
+    output,
+    row,
+    is_row,
+    values,
+    column,
+    is_column,
+    channels,
+    HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BM, BN]: squared distance of each output from each value, of the numbers as they are stored."""
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    row_norm = tl.zeros([row.shape[0]], tl.float32)
+    column_norm = tl.zeros([column.shape[0]], tl.float32)
+    for start in range(0, channels, DEPTH):
+        channel = start + tl.arange(0, DEPTH)
+        rows = _slice(output, row, is_row, channel, HEAD_DIM)
+        columns = _slice(values, column, is_column, channel, HEAD_DIM)
+        total = tl.dot(rows, tl.trans(columns), total, input_precision=PRECISION)
+        row_norm += tl.sum(rows.to(tl.float32) * rows.to(tl.float32), axis=1)
+        column_norm += tl.sum(columns.to(tl.float32) * columns.to(tl.float32), axis=1)
+    return tl.maximum(row_norm[:, None] + column_norm[None, :] - 2.0 * total, 0.0)
 
 
 @triton.jit
@@ -92,13 +132,14 @@ def prices_kernel(
     kv_blocks,
     blocks_of_all_heads,
     pairs_of_all_heads,
+    channels,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     LEVELS: tl.constexpr,
     COSTS: tl.constexpr,
     COHERENCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
     OCTAVES: tl.constexpr,
     COUNTERS: tl.constexpr,
     FULL: tl.constexpr,
@@ -112,7 +153,6 @@ def prices_kernel(
     both = batch * heads + head
     query_block = first_query + tl.arange(0, BLOCK_M)
     block = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, BLOCK_D)
     is_row = query_block < query_blocks
     is_column = block < kv_blocks
     row = both * query_blocks + query_block
@@ -121,16 +161,17 @@ def prices_kernel(
     is_pair = is_row[:, None] & is_column[None, :]
 
     weight = 1.0 / tl.maximum(_mean_power(output_power + both * query_blocks, query_blocks, 1024), TINY)
-    values = _rows_of(value_mean, column, is_column, channel, HEAD_DIM)
-    distance = _squared_distance(_rows_of(output, row, is_row, channel, HEAD_DIM), values, PRECISION)
+    distance = _squared_distances(
+        output, row, is_row, value_mean, column, is_column, channels, HEAD_DIM, DEPTH, PRECISION
+    )
     pair_attention = tl.load(attention + pair, mask=is_pair, other=0.0)
-    power = _rows_of(features, row, is_row, channel, HEAD_DIM)
     rungs = ()
     whole = distance
     for rung in tl.static_range(LEVELS):  # the centroid first, then the coarsest level, ..., level 2
         place = (LEVELS - 1 - rung) * blocks_of_all_heads + column
-        spread = _rows_of(key_spread, place, is_column, channel, HEAD_DIM)
-        variance = tl.dot(power.to(spread.dtype), tl.trans(spread), input_precision=PRECISION)
+        variance = _products(
+            features, row, is_row, key_spread, place, is_column, channels, HEAD_DIM, DEPTH, PRECISION
+        )
         lost = _one_minus_exp(0.5 * variance)
         covariance = variance * tl.load(value_spread + place, mask=is_column, other=0.0)[None, :]
         error = (COHERENCE * covariance + lost * lost * distance) * pair_attention
@@ -216,18 +257,19 @@ def prices_launch(
         "kv_blocks": kv_blocks,
         "blocks_of_all_heads": batch * heads * kv_blocks,
         "pairs_of_all_heads": attention.numel(),
+        "channels": head_dim,  # beside HEAD_DIM: a loop of known length would be unrolled, and its loads all come first
         "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
         "LEVELS": prices.shape[0],
         "COSTS": costs,
         "COHERENCE": COHERENCE,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "DEPTH": min(32, padded_head_dim(head_dim)),
         "OCTAVES": OCTAVES,
         "COUNTERS": statistics.spent.shape[1],
         "FULL": FULL,
         "UNCOUNTED": UNCOUNTED,
-        "PRECISION": "ieee",
+        "PRECISION": precision_of(target, output.dtype),
     }
     grid = (triton.cdiv(kv_blocks, tile.block_n), triton.cdiv(query_blocks, tile.block_m), batch * heads)
     return KernelLaunch(prices_kernel, grid, arguments, tile.num_warps, tile.num_stages)

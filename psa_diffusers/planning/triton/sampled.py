@@ -15,7 +15,7 @@ from ...gpu.target import padded_head_dim
 from ..errors import SHRINKAGE
 from .samples import add_to_softmax, log_of_sum, sampled_rows, samples_of_blocks, sum_of_blocks
 from .statistics import Statistics
-from .tiles import sampled_tile
+from .tiles import precision_of, sampled_tile
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def sampled_kernel(
         running_max, running_sum = add_to_softmax(running_max, running_sum, logits)
     denominator = log_of_sum(running_max, running_sum, valid)
 
-    outputs = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    mean_output = tl.zeros([BLOCKS, BLOCK_D], tl.float32)
     for start in range(0, kv_blocks, BLOCKS_N):
         logits = _sampled_logits(
             query_tile,
@@ -177,19 +177,20 @@ def sampled_kernel(
             mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
             other=0.0,
         )
-        outputs = tl.dot(mass.to(values.dtype), values, outputs, input_precision=PRECISION)
+        share = sum_of_blocks(mass, PADDED) / samples[:, None]
+        mean_output = tl.dot(share.to(values.dtype), values, mean_output, input_precision=PRECISION)
         energy = sum_of_blocks(mass * mass, PADDED) / samples[:, None]
         pair = row[:, None] * kv_blocks + block[None, :]
         mask = is_block[:, None] & inside[None, :]
         second = tl.load(attention + pair, mask=mask, other=0.0)
         tl.store(attention + pair, tl.exp2(tl.log2(energy * second) * (0.5 * SHRINKAGE)), mask=mask)
         if shares is not None:
-            tl.store(shares + pair, sum_of_blocks(mass, PADDED) / samples[:, None], mask=mask)
+            tl.store(shares + pair, share, mask=mask)
 
-    mean_output = (sum_of_blocks(outputs, PADDED) / samples[:, None]).to(output.dtype.element_ty)  # [BLOCKS, BD]
     mask = is_block[:, None] & (channel < HEAD_DIM)[None, :]
-    tl.store(output + row[:, None] * HEAD_DIM + channel[None, :], mean_output, mask=mask)
-    rounded = mean_output.to(tl.float32)
+    stored = mean_output.to(output.dtype.element_ty)
+    tl.store(output + row[:, None] * HEAD_DIM + channel[None, :], stored, mask=mask)
+    rounded = stored.to(tl.float32)
     tl.store(output_power + row, tl.sum(rounded * rounded, axis=1), mask=is_block)
 
 
@@ -254,7 +255,7 @@ def sampled_launch(
         "BLOCK_N": blocks_n * padded_keys,
         "BLOCKS_N": blocks_n,
         "SHRINKAGE": SHRINKAGE,
-        "PRECISION": "ieee",
+        "PRECISION": precision_of(target, query.dtype),
     }
     grid = (triton.cdiv(query_blocks, block_m // padded), heads, batch)
     return KernelLaunch(sampled_kernel, grid, arguments, tile.num_warps, tile.num_stages)

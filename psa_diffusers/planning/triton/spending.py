@@ -178,7 +178,7 @@ def levels_kernel(
         before = tl.cumsum(in_last, axis=0) - in_last
         level = tl.full([TILE], LEVELS + 1, tl.int32)
         for step in tl.static_range(1, LEVELS + 1):
-            cost: tl.constexpr = COSTS[step] - COSTS[step - 1]
+            cost = COSTS[step] - COSTS[step - 1]
             is_last = found[step - 1] == last
             before += tl.where(is_last, cost, 0)
             # Half a step may be overdrawn: so the plan is as close to the budget from either side as steps allow.

@@ -33,30 +33,47 @@ def statistics_tile(kv_block_size: int, head_dim: int) -> StatisticsTile:
 
 
 def sampled_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    """Sampled queries x sampled keys."""
-    width = padded_head_dim(head_dim)
+    """Sampled queries x sampled keys, without spilled registers by ``scripts/compile_report.py``.
+
+    On Hopper two programs of 4 warps fit a processor, so that the exponentials of one run under the products of the
+    other; 128 queries a program halve what is read from the L2 cache against 64.
+    """
+    wide = padded_head_dim(head_dim) > 128
     if dtype == torch.float32:
-        return Tile(64, 32, 8, 1)
-    if target.startswith("gfx") or width > 128:
-        return Tile(128, 64, 8, 2)
-    return Tile(128, 128, 8, 3 if has_large_shared_memory(target) else 2)
+        return Tile(16, 128, 8, 1)
+    if target.startswith("gfx"):
+        return Tile(32 if wide else 64, 128, 4, 1)
+    if target.startswith("sm_10"):
+        return Tile(64 if wide else 128, 128, 8, 2)
+    if target.startswith("sm_90"):
+        return Tile(64 if wide else 128, 128, 4, 2)
+    return Tile(64, 128, 8, 1) if wide else Tile(64, 128, 4, 2)
 
 
 def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """Sampled queries x kv blocks, two products each."""
-    width = padded_head_dim(head_dim)
+    wide = padded_head_dim(head_dim) > 128
     if dtype == torch.float32:
-        return Tile(64, 32, 8, 1)
-    if target.startswith("gfx") or width > 128:
-        return Tile(64, 64, 8, 1 if target.startswith("gfx") else 2)
-    return Tile(128, 64, 8, 2)
+        return Tile(32, 16, 8, 1)
+    if target.startswith("gfx"):
+        return Tile(64, 64, 8, 1)
+    if has_large_shared_memory(target):
+        return Tile(64 if wide else 128, 64, 8, 2)
+    return Tile(64, 32, 4, 1) if wide else Tile(64, 64, 4, 2)
 
 
 def prices_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    """Query blocks x kv blocks."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 8, 1)
-    return Tile(64, 64, 8, 1)
+    """Query blocks x kv blocks; 8 pairs a thread at most, since each takes about 20 registers."""
+    if target.startswith("gfx"):
+        return Tile(64, 16, 4, 1)
+    if has_large_shared_memory(target) and dtype != torch.float32:
+        return Tile(64, 32, 8, 1)
+    return Tile(32, 32, 8, 1)
+
+
+def precision_of(target: str, dtype: torch.dtype) -> str:
+    """How products are made: of float32 on NVIDIA by three of tf32, to about its own precision, on matrix units."""
+    return "tf32x3" if dtype == torch.float32 and target.startswith("sm_") else "ieee"
 
 
 def has_large_shared_memory(target: str) -> bool:
