@@ -19,7 +19,7 @@ ORDERS = ("gilbert", "raster")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 DEFAULT_COMPUTE_BUDGET = 0.15
-DEFAULT_VALUE_CORRECTION = "none"
+DEFAULT_VALUE_CORRECTION = "covariance"
 # The paper's multi-level thresholds and its best top-k shares (PSA-3), section 4.4.
 DEFAULT_LEVEL_THRESHOLDS = (0.7, 0.8, 0.9, 0.9)
 DEFAULT_LEVEL_FRACTIONS = (0.15, 0.10, 0.20, 0.0)
@@ -60,7 +60,8 @@ class PSAConfig:
             ``"none"`` is the published method.
         value_correction: ``"covariance"`` gives pooled blocks the covariance of values and keys back that pooling takes
             from the output, one matrix a head (see :mod:`~psa_diffusers.backends.reference`); ``"none"`` is the
-            published method, and the default. Belongs to the ``budget`` rule, which reads every block.
+            published method. Belongs to the ``budget`` rule, which reads every block; there ``"covariance"`` is the
+            default.
         order: Order of the video tokens in blocks: ``"gilbert"`` keeps a block compact in time and space;
             ``"raster"`` keeps the model's own order.
         dense_warmup: Share of the denoising steps, from the first, that stay dense. Rounded up to whole steps.

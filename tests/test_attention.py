@@ -61,8 +61,9 @@ def test_backends_agree(qkv, plan):
 
 @pytest.mark.parametrize("correction", [{"logit_correction": "variance"}, {"value_correction": "covariance"}], ids=str)
 def test_corrections_reach_the_backend(qkv, plan, correction):
-    config = dataclasses.replace(CONFIG, **correction)
-    plain, corrected = (pyramid_sparse_attention(*qkv, c, plan=plan) for c in (CONFIG, config))
+    plain = dataclasses.replace(CONFIG, logit_correction="none", value_correction="none")
+    config = dataclasses.replace(plain, **correction)
+    plain, corrected = (pyramid_sparse_attention(*qkv, c, plan=plan) for c in (plain, config))
     assert not torch.equal(plain, corrected)
 
 

@@ -55,7 +55,7 @@ def test_every_field_of_the_full_example_differs_from_the_default():
     """So that the round trips below would notice any field that is lost."""
     same = [f.name for f in dataclasses.fields(PSAConfig) if getattr(FULL, f.name) == getattr(PSAConfig(), f.name)]
     assert same == ["level_fractions"]  # of another rule, so None in both
-    assert PSAConfig().value_correction == "none" and FULL.value_correction is None
+    assert PSAConfig().value_correction == "covariance" and FULL.value_correction is None
 
 
 @pytest.mark.parametrize("config", [PSAConfig(), FULL, PSAConfig(rule="topk"), PSAConfig(compute_budget=1)])

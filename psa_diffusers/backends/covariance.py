@@ -11,7 +11,7 @@ attention that pooled groups get::
 
 over the rows j that q reads, with softmax weights w. A level that pools less loses less, which its share says.
 
-Not part of the published method (arXiv 2512.04025). ``scripts/covariance_experiment.py`` measures it.
+Not part of the published method (arXiv 2512.04025). ``scripts/step_error.py`` measures what it brings.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..config import PSAConfig
 from .blocks import Layout, make_layout, real_positions, unpadded_positions
 from .budget import Limits, spend, step_prices
 from .dispatch import choose_planner
-from .errors import coherent_power, pair_errors
+from .errors import pair_errors
 from .importance import (
     Importance,
     antidiagonal_importance,
@@ -24,7 +24,7 @@ from .levels import cap_levels, threshold_levels, topk_levels
 from .plan import Plan
 from .sampling import Samples, draw_samples
 from .similarity import similarity_cap
-from .spread import Spread, measure_covariance, measure_spread
+from .spread import Spread, measure_spread
 from .validation import (
     check_full_tokens,
     check_grid,
@@ -33,9 +33,6 @@ from .validation import (
     check_scale,
     check_tensors,
 )
-
-if TYPE_CHECKING:
-    from .triton.statistics import Statistics
 
 
 @torch.no_grad()
@@ -93,7 +90,7 @@ def build_plan(
         device=device,
     )
     planner, reason = choose_planner(query, key_length, config)
-    levels = _Planner(query, key, value, config, layout, lengths, scale).levels(planner)
+    levels = _PLANNERS[planner](query, key, value, config, layout, lengths, scale)
     return Plan(
         level_mask=levels,
         query_length=query_length,
@@ -123,6 +120,21 @@ def _notes(config: PSAConfig, layout: Layout, shape: torch.Size) -> tuple[str, .
     )
 
 
+def _torch_levels(*arguments: Any) -> Tensor:
+    """int8 [batch, heads, query_blocks, kv_blocks] by torch operators; arguments as for :class:`_Planner`."""
+    return _Planner(*arguments).levels()
+
+
+def _triton_levels(*arguments: Any) -> Tensor:
+    """The same by fused GPU kernels."""
+    from .triton import plan_levels
+
+    return plan_levels(*arguments)
+
+
+_PLANNERS = {"torch": _torch_levels, "triton": _triton_levels}
+
+
 class _Planner:
     """The steps from tensors to levels, with what they share."""
 
@@ -145,10 +157,8 @@ class _Planner:
             self.real = real_positions(key.shape[1], config.kv_block_size, layout.order, lengths, key.device)
             self.counted = self.real.any(2)
 
-    def levels(self, planner: str) -> Tensor:
-        """int8 [batch, heads, query_blocks, kv_blocks] by the config's rule; ``planner`` is "torch" or "triton"."""
-        if planner == "triton":
-            return self._fused_levels()
+    def levels(self) -> Tensor:
+        """int8 [batch, heads, query_blocks, kv_blocks] by the config's rule."""
         config = self.config
         cap = None
         if config.similarity_thresholds is not None:
@@ -184,7 +194,6 @@ class _Planner:
             config.kv_block_size,
             scale=self.scale,
         )
-        covariance = measure_covariance(self.key, self.value, spread, self._key_counts(), self.lengths)
         # A few heads at a time: errors and prices in float32 would be many times the level mask.
         pairs, prices = importance.score[:, 0].numel(), []
         step = max(1, (2**17 if importance.score.device.type == "cpu" else 2**22) // pairs)
@@ -195,27 +204,12 @@ class _Planner:
                 second[:, heads],
                 samples.of_heads(heads),
                 spread.of_heads(heads),
-                covariance[:, heads],
                 scale=self.scale,
             )
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
         prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
         return spend(prices, config.compute_budget, config.kv_block_size, limits)
-
-    def _fused_levels(self) -> Tensor:
-        """:meth:`_budget_levels` by GPU kernels."""
-        from .triton import plan_levels
-
-        return plan_levels(
-            self.query, self.key, self.value, self.config, self.layout, self.lengths, self.scale, self._coherent_power
-        )
-
-    def _coherent_power(self, statistics: Statistics) -> Tensor:
-        """float32 [batch, heads, query_blocks], from the GPU kernels' statistics of the blocks."""
-        means = Spread(None, None, statistics.key_mean.float(), statistics.value_mean.float())
-        covariance = measure_covariance(self.key, self.value, means, statistics.counts, self.lengths)
-        return coherent_power(self._query_samples(), covariance, self.scale)
 
     def _query_samples(self) -> Samples:
         config = self.config

@@ -8,10 +8,8 @@ Write the logits of a pooled group as their mean plus deviations of variance s. 
 Both are weighed with the attention that the block gets. The errors of different blocks are about independent, hence
 squares add up: a pair's error is attention^2 x ((1 - exp(-s / 2))^2 |value - output|^2 + c s |value spread|^2).
 
-One part is not independent. Keys and values are projections of the same tokens, so that in heads whose tokens differ
-like noise the covariance of values with keys, C, is alike in all blocks: pooling then takes C q from the output
-whatever the block, and errors add up instead of averaging out. With all blocks pooled that is |C q|^2; a pair's share
-of it is linear in its attention, times how much of the covariance its level loses. First layers have such heads.
+What keys and values lose together, their covariance, is not independent between blocks, and would add up over them
+(:mod:`~psa_diffusers.backends.covariance`); the attention gives it back, so that it does not count here.
 
 How well that does is decided by the estimate of attention^2, since the mean over a block's queries rests on the few
 that attend most: with the true values the error model comes within a tenth of the exact first-order errors, with those
@@ -35,9 +33,7 @@ COHERENCE = 0.1
 SHRINKAGE = 0.75
 
 
-def pair_errors(
-    importance: Importance, second: Tensor, query: Samples, spread: Spread, covariance: Tensor, *, scale: float
-) -> Tensor:
+def pair_errors(importance: Importance, second: Tensor, query: Samples, spread: Spread, *, scale: float) -> Tensor:
     """Expected squared output error of each pair at levels 2 .. num_levels and the centroid; level 1 has none.
 
     In units of the head's mean squared output, so that heads of small values count like others.
@@ -46,7 +42,6 @@ def pair_errors(
         importance: of all pairs; second: float32 [batch, heads, query_blocks, kv_blocks], the second estimate of
             ``importance.energy``.
         query: sampled queries; scale: factor on the logits.
-        covariance: of values and keys, see :func:`~.spread.measure_covariance`.
 
     Returns:
         float32 [num_levels, batch, heads, query_blocks, kv_blocks].
@@ -57,24 +52,14 @@ def pair_errors(
     output = shares @ spread.value_mean
     distance = _value_distance(output, spread.value_mean)
     features = (query_power(query) * scale**2).contiguous()
-    coherent = shares * coherent_power(query, covariance, scale)[..., None]
     weight = 1.0 / output.square().sum(-1).mean(-1).clamp(min=tiny)[:, :, None, None]
-    whole = (features @ spread.key[-1].transpose(2, 3)).mul_(spread.value[-1][:, :, None, :]).clamp_(min=tiny)
     errors = []
     for key_spread, value_spread in zip(spread.key, spread.value, strict=True):
         variance = features @ key_spread.transpose(2, 3)
         lost = torch.expm1(variance * -0.5).square_().mul_(distance)
         variance.mul_(value_spread[:, :, None, :])
-        together = (variance / whole).clamp_(max=1.0).sqrt_().mul_(coherent)
-        errors.append(variance.mul_(COHERENCE).add_(lost).mul_(attention).add_(together).mul_(weight))
+        errors.append(variance.mul_(COHERENCE).add_(lost).mul_(attention).mul_(weight))
     return torch.stack(errors)
-
-
-def coherent_power(query: Samples, covariance: Tensor, scale: float) -> Tensor:
-    """float32 [batch, heads, query_blocks]: mean square of what pooling every block to its centroid would take."""
-    moved = (query.rows @ covariance.transpose(2, 3)[:, :, None]).square().sum(-1) * scale**2
-    count = query.rows.shape[2] if query.valid is None else query.valid.sum(1).clamp(min=1)[:, None, :]
-    return moved.sum(2) / count
 
 
 def query_power(query: Samples) -> Tensor:

@@ -44,32 +44,6 @@ def measure_spread(
     return Spread(key_spread, value_spread.sum(-1), key_mean, value_mean)
 
 
-def measure_covariance(
-    key: Tensor, value: Tensor, spread: Spread, counts: Tensor | None, key_lengths: Tensor | None
-) -> Tensor:
-    """float32 [batch, heads, head_dim (of values), head_dim (of keys)]: mean over the real tokens of a head of
-    (value - its block's mean) (key - its block's mean)^T.
-
-    Args:
-        counts: int [batch or 1, kv_blocks], the real keys of each block; None where all are full.
-        key_lengths: int [batch], raster positions from that one on are padding; None where nothing is.
-    """
-    batch, length, heads, head_dim = key.shape
-    total = key.new_zeros(batch, heads, head_dim, head_dim, dtype=torch.float32)
-    step = max(1024, rows_per_chunk(key, 1))
-    for start in range(0, length, step):
-        parts = [tokens[:, start : start + step].to(torch.float32) for tokens in (value, key)]
-        if key_lengths is not None:
-            place = torch.arange(start, start + parts[0].shape[1], device=key.device)
-            real = (place < key_lengths[:, None])[:, :, None, None]
-            parts = [torch.where(real, part, 0.0) for part in parts]
-        total += parts[0].permute(0, 2, 3, 1) @ parts[1].transpose(1, 2)
-    blocks = spread.key_mean.shape[2]
-    weights = spread.key_mean.new_full((1, blocks), length // blocks) if counts is None else counts.to(torch.float32)
-    between = (spread.value_mean * weights[:, None, :, None]).transpose(2, 3) @ spread.key_mean
-    return (total - between) / weights.sum(1).clamp(min=1.0)[:, None, None, None]
-
-
 def _deviations(
     tokens: Tensor, order: Tensor | None, real: Tensor | None, block_size: int, num_levels: int
 ) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,9 @@ def make_plan(
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def assert_as_exact_as_plain_torch(found: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, what: str) -> None:
+def assert_as_exact_as_plain_torch(
+    found: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, what: str, *, roundings: float | None = None
+) -> None:
     """``found`` errs at most twice as much as ``plain``, beyond a few roundings of the largest number."""
     assert found.shape == truth.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(truth.shape)}"
     finite = truth.isfinite()
@@ -136,7 +138,7 @@ def assert_as_exact_as_plain_torch(found: Tensor, plain: Tensor, truth: Tensor, 
         return
     error, allowed = ((tensor.double() - truth)[finite].abs().max().item() for tensor in (found, plain))
     rounding = torch.finfo(dtype).eps * max(1.0, truth[finite].abs().max().item())
-    roundings = 64 if dtype == torch.float64 else 4
+    roundings = roundings or (64 if dtype == torch.float64 else 4)
     assert error <= 2 * allowed + roundings * rounding, f"{what}: error {error:.3g}, plain torch's {allowed:.3g}"
 
 
@@ -149,7 +151,10 @@ def assert_agrees_with_reference(attend, case: Case, inputs, plan: Plan, **optio
     assert out.dtype == case.dtype
     assert lse.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
     assert_as_exact_as_plain_torch(out, plain_out, true_out, case.dtype, "output")
-    assert_as_exact_as_plain_torch(lse, plain_lse, true_lse, lse.dtype, "lse")
+    # Both round pooled keys to the inputs' dtype, which moves a logit by a part of a rounding there. Where there are
+    # but two numbers, as with one query, plain torch's error can be small by luck.
+    dtype, roundings = (lse.dtype, None) if case.dtype.itemsize >= 4 else (case.dtype, 0.25)
+    assert_as_exact_as_plain_torch(lse, plain_lse, true_lse, dtype, "lse", roundings=roundings)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from psa_diffusers.planning.importance import (
 )
 from psa_diffusers.planning.sampling import draw_samples
 from psa_diffusers.planning.similarity import similarity_cap
-from psa_diffusers.planning.spread import measure_covariance, measure_spread
+from psa_diffusers.planning.spread import measure_spread
 
 CPU = torch.device("cpu")
 
@@ -88,29 +88,6 @@ def test_spread_of_constant_blocks_is_exactly_zero():
     spread = measure_spread(key, key, None, None, 16, 4)
     assert not spread.key.any()
     assert not spread.value.any()
-
-
-@pytest.mark.parametrize("setting", CASES)
-def test_covariance_is_that_of_the_deviations_from_the_blocks_means(setting):
-    key, order, lengths = case(**setting)
-    value, length = key.roll(1, -1) + tokens(3, setting["length"], seed=5), setting["length"]
-    if lengths is not None:  # padding may hold anything
-        for sample, limit in enumerate(lengths):
-            key[sample, limit:] = value[sample, limit:] = math.nan
-    real = real_of(length, 16, order, lengths)
-    counts = unpadded_positions(length, 16, CPU).sum(2) if real is None and length % 16 else None
-    counts = counts if real is None else real.sum(2)
-    spread = measure_spread(key, value, order, real, 16, 4)
-    got = measure_covariance(key, value, spread, counts, None if lengths is None else torch.tensor(lengths))
-    keys, values = blocks_of(key, 16, order, lengths), blocks_of(value, 16, order, lengths)
-    for sample in range(3):
-        expected, count = torch.zeros(2, 8, 8, dtype=torch.float64), 0
-        for (key_rows, _), (value_rows, _) in zip(keys[sample], values[sample], strict=True):
-            if len(key_rows):
-                deviations = [rows - rows.mean(0) for rows in (value_rows, key_rows)]
-                expected += torch.einsum("thd,the->hde", *deviations)
-                count += len(key_rows)
-        torch.testing.assert_close(got[sample].double(), expected / max(count, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("setting", CASES)
@@ -286,8 +263,7 @@ def errors_of(query, key, value, scale=0.5):
     spread = measure_spread(key, value, None, None, 16, 4)
     importance = sampled_importance(queries, keys, scale=scale, reduction="sum")
     second = centroid_energy(queries, spread.key_mean, spread.key[-1], None, 16, scale=scale)
-    covariance = measure_covariance(key, value, spread, None, None)
-    errors = pair_errors(importance, second, queries, spread, covariance, scale=scale)
+    errors = pair_errors(importance, second, queries, spread, scale=scale)
     return errors, importance, second, spread
 
 
@@ -302,15 +278,8 @@ def test_pair_errors_by_their_definition():
     attention = (importance.energy.double() * second.double()) ** (0.75 / 2)
     lost = (1 - torch.exp(-variance / 2)) ** 2 * distance
     product = variance * spread.value.double()[:, :, :, None, :]
-    # What pooling all blocks would take from the output, and the share of it that a level takes.
-    keys, values = (x.double().unflatten(1, (3, 16)) for x in (key, value))
-    keys, values = keys - keys.mean(2, keepdim=True), values - values.mean(2, keepdim=True)
-    covariance = torch.einsum("bnthd,bnthe->bhde", values, keys) / 48
-    moved = torch.einsum("bqthe,bhde->bhqtd", query.double().unflatten(1, (2, 16)), covariance) * 0.5
-    shares = importance.score.double() / importance.score.double().sum(-1, keepdim=True)
-    coherent = shares * moved.square().sum(-1).mean(-1)[..., None] * (product / product[-1]).clamp(max=1).sqrt()
     unit = output.square().sum(-1).mean(-1)[:, :, None, None]
-    expected = (attention * (0.1 * product + lost) + coherent) / unit
+    expected = attention * (0.1 * product + lost) / unit
     torch.testing.assert_close(errors.double(), expected, rtol=1e-3, atol=1e-9)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from psa_diffusers.backends.triton.inspection import (
+    CORE_KERNELS,
     KERNELS,
+    LIST_KERNELS,
     SHARED_MEMORY_LIMITS,
     TARGETS,
     Case,
@@ -28,9 +30,22 @@ LEAN = [
     for case in (
         Case("attention", target, "fp16", 64),
         Case("attention", target, "bf16", 128),
-        Case("read_lists", target, "bf16", 64),
+        Case("sampled", target, "bf16", 128),
+        *(Case(kernel, target, "bf16", 64) for kernel in LIST_KERNELS),
     )
-] + [Case("pyramid", target, "bf16", 128) for target in ("sm_90", "gfx942")]
+] + [
+    Case(kernel, target, "bf16", 128)
+    for kernel in (
+        "attention+covariance",
+        "pyramid",
+        "covariance",
+        "covariance_finish",
+        "statistics",
+        "centroids",
+        "prices",
+    )
+    for target in ("sm_90", "gfx942")
+]
 MATRIX_UNITS = {
     "sm_80": "mma.sync",
     "sm_89": "mma.sync",
@@ -86,12 +101,12 @@ def test_required_set_is_complete():
     assert required == {
         *(
             (kernel, target, dtype, head_dim)
-            for kernel in ("attention", "pyramid")
+            for kernel in CORE_KERNELS
             for target in TARGETS
             for dtype in ("fp16", "bf16")
             for head_dim in (64, 96, 128)
         ),
-        *(("read_lists", target, "bf16", 64) for target in TARGETS),
+        *((kernel, target, "bf16", 64) for kernel in LIST_KERNELS for target in TARGETS),
     }
 
 

@@ -1,4 +1,4 @@
-"""The attention kernel: one flat loop over everything that a query block reads, whatever the levels."""
+"""The attention kernel: one loop over everything that a query block reads, tiles of one level after another."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.target import padded_head_dim
+from .covariance import Covariance
 from .layout import PyramidLayout
 from .pyramid import Pyramid
 from .read_lists import ReadLists
@@ -16,54 +17,59 @@ from .tiles import attention_tile
 
 
 @triton.jit
-def _level_bounds(counts, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Where each level after the first starts, among the rows to read and in the block list; and how many rows."""
-    row_starts = ()
+def _level_tiles(counts, LOG_KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For each level: its blocks, the first tile after it, and where its blocks start in the list."""
+    blocks = ()
+    tile_stops = ()
     list_starts = ()
-    flat_row = 0
+    tiles = 0
     slot = 0
-    for level in tl.static_range(1, LEVELS + 1):
+    for level in tl.static_range(1, LEVELS + 2):
         count = tl.load(counts + level - 1)
-        flat_row += count * (KV_BLOCK >> (level - 1))
-        slot += count
-        row_starts += (flat_row,)
+        rows = count << (LOG_KV_BLOCK - level + 1) if level <= LEVELS else count
+        tiles += (rows + BLOCK_N - 1) // BLOCK_N
+        blocks += (count,)
+        tile_stops += (tiles,)
         list_starts += (slot,)
-    return row_starts, list_starts, flat_row + tl.load(counts + LEVELS)
+        slot += count
+    return blocks, tile_stops, list_starts
 
 
 @triton.jit
 def _packed_rows(
-    flat_row,
-    total,
-    row_starts,
+    tile,
+    level_blocks,
+    tile_stops,
     list_starts,
     blocks,
     kv_blocks,
     empty_row,
     LOG_KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Packed rows behind the flat rows [BN]: level, then block by the list, then row inside the block.
+    """Packed rows of a tile [BN], and its level (from 0): which block, by the list, then which row inside the block.
 
-    Counting rows, not blocks, decouples a tile from the blocks: a tile of BN rows spans as many blocks as it needs, of
-    several levels if need be, and only the last tile of a query block is partly empty. Lanes past ``total`` get the
-    empty row.
+    All rows of a tile are of one level, so that level and address arithmetic is done once a tile, and the blocks of a
+    level are one sequence of rows, however few each has. Lanes past the level's last row get the empty row.
     """
-    row_start = tl.zeros_like(flat_row)
-    list_start = tl.zeros_like(flat_row)
-    section = tl.zeros_like(flat_row)  # first packed row of the level
-    shift = tl.zeros_like(flat_row) + LOG_KV_BLOCK  # log2 of the level's rows a block
-    for level in tl.static_range(2, LEVELS + 2):
-        reached = flat_row >= row_starts[level - 2]
-        row_start = tl.where(reached, row_starts[level - 2], row_start)
-        list_start = tl.where(reached, list_starts[level - 2], list_start)
-        section = tl.where(reached, kv_blocks * ((2 << LOG_KV_BLOCK) - (2 << LOG_KV_BLOCK >> (level - 1))), section)
-        shift = tl.where(reached, LOG_KV_BLOCK - level + 1 if level <= LEVELS else 0, shift)
-    local = flat_row - row_start
-    live = flat_row < total
+    level = 0
+    first_tile = 0
+    list_start = 0
+    count = level_blocks[0]
+    for coarser in tl.static_range(1, LEVELS + 1):
+        reached = tile >= tile_stops[coarser - 1]
+        level = tl.where(reached, coarser, level)
+        first_tile = tl.where(reached, tile_stops[coarser - 1], first_tile)
+        list_start = tl.where(reached, list_starts[coarser], list_start)
+        count = tl.where(reached, level_blocks[coarser], count)
+    shift = tl.where(level < LEVELS, LOG_KV_BLOCK - level, 0)  # log2 of the level's rows a block
+    section = kv_blocks * ((2 << LOG_KV_BLOCK) - (2 << LOG_KV_BLOCK >> level))  # first packed row of the level
+    local = (tile - first_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = local < (count << shift)
     block = tl.load(blocks + list_start + (local >> shift), mask=live, other=0).to(tl.int32)
     row = section + (block << shift) + (local & ((1 << shift) - 1))
-    return tl.where(live, row, empty_row)
+    return tl.where(live, row, empty_row), level
 
 
 @triton.jit
@@ -86,12 +92,52 @@ def _half_variance(query, variance, scale, cap, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _add_covariance(
+    accumulator,
+    lost,
+    query,
+    query_strides,
+    batch,
+    head,
+    token,
+    is_query,
+    matrix,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accumulator [BM, BD] + scale * lost * (matrix q): ``lost`` [BM], ``matrix`` [values, keys] of one head."""
+    value_channel = tl.arange(0, BLOCK_D)
+    accumulator = accumulator / scale
+    for start in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
+        channel = start + tl.arange(0, CHUNK)
+        inside = channel < HEAD_DIM
+        rows = tl.load(
+            strided_pointers(query, query_strides, batch, head, token, channel),
+            mask=is_query[:, None] & inside[None, :],
+            other=0.0,
+        )  # [BM, CHUNK]
+        columns = tl.load(
+            matrix + value_channel[:, None] * HEAD_DIM + channel[None, :],
+            mask=(value_channel < HEAD_DIM)[:, None] & inside[None, :],
+            other=0.0,
+        )  # [BD, CHUNK]
+        rows = (rows * lost[:, None]).to(columns.dtype)
+        accumulator = tl.dot(rows, tl.trans(columns), accumulator, input_precision=PRECISION)
+    return accumulator * scale
+
+
+@triton.jit
 def attention_kernel(
     query,
     packed_key,
     packed_value,
     bias,
     variance,
+    covariance,
+    covariance_factors,
     blocks,
     counts,
     launch_order,
@@ -113,6 +159,7 @@ def attention_kernel(
     LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp)."""
@@ -141,22 +188,28 @@ def attention_kernel(
         variance += base
     bias += batch * (empty_row + 1)
     blocks += row.to(tl.int64) * kv_blocks
-    row_starts, list_starts, total = _level_bounds(counts + row.to(tl.int64) * (LEVELS + 1), 1 << LOG_KV_BLOCK, LEVELS)
+    counts += row.to(tl.int64) * (LEVELS + 1)
+    level_blocks, tile_stops, list_starts = _level_tiles(counts, LOG_KV_BLOCK, LEVELS, BLOCK_N)
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_lost = tl.zeros([BLOCK_M], tl.float32)  # weights times the share of the covariance that their level lost
+    if covariance is not None:
+        covariance += (batch * heads + head) * HEAD_DIM * HEAD_DIM
+        covariance_factors += (batch * heads + head) * (LEVELS + 1)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, total, BLOCK_N):
-        packed_row = _packed_rows(
-            start + tl.arange(0, BLOCK_N),
-            total,
-            row_starts,
+    for tile in range(0, tile_stops[LEVELS]):
+        packed_row, level = _packed_rows(
+            tile,
+            level_blocks,
+            tile_stops,
             list_starts,
             blocks,
             kv_blocks,
             empty_row,
             LOG_KV_BLOCK,
             LEVELS,
+            BLOCK_N,
         )  # [BN]
         key_tile = _load_packed(packed_key, packed_row, channel, HEAD_DIM, BLOCK_D)
         row_bias = tl.load(bias + packed_row)
@@ -170,14 +223,38 @@ def attention_kernel(
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have read nothing real yet
         weights = tl.exp2(logits - finite_max[:, None])
         rescale = tl.exp2(running_max - finite_max)
-        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+        tile_sum = tl.sum(weights, axis=1)
+        running_sum = running_sum * rescale + tile_sum
+        if covariance is not None:
+            running_lost = running_lost * rescale + tile_sum * tl.load(covariance_factors + level)
         running_max = new_max
         value_tile = _load_packed(packed_value, packed_row, channel, HEAD_DIM, BLOCK_D)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION)
 
     is_empty = running_sum == 0.0
-    accumulator = accumulator / tl.where(is_empty, 1.0, running_sum)[:, None]
+    divisor = tl.where(is_empty, 1.0, running_sum)
+    accumulator = accumulator / divisor[:, None]
+    if covariance is not None:
+        # Of the factors only the shares go into the queries' dtype: the largest, the centroid's, stays in float32.
+        largest = tl.load(covariance_factors + LEVELS)
+        divisor *= tl.where(largest > 0.0, largest, 1.0)
+        accumulator = _add_covariance(
+            accumulator,
+            running_lost / divisor,
+            query,
+            query_strides,
+            batch,
+            head,
+            token,
+            is_query,
+            covariance,
+            scale * tl.where(largest > 0.0, largest, 1.0),
+            HEAD_DIM,
+            BLOCK_D,
+            CHUNK_D,
+            PRECISION,
+        )
     outputs = strided_pointers(out, out_strides, batch, head, token, channel)
     tl.store(outputs, accumulator.to(out.dtype.element_ty), mask=query_mask)
     if lse is not None:
@@ -192,6 +269,7 @@ def attention_launch(
     pyramid: Pyramid,
     lists: ReadLists,
     layout: PyramidLayout,
+    covariance: Covariance | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -201,13 +279,17 @@ def attention_launch(
     """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length]."""
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
-    tile = attention_tile(target, head_dim, query.dtype, query_block_size, pyramid.variance is not None)
+    tile = attention_tile(
+        target, head_dim, query.dtype, query_block_size, pyramid.variance is not None, covariance is not None
+    )
     arguments = {
         "query": query,
         "packed_key": pyramid.key,
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
         "variance": pyramid.variance,
+        "covariance": covariance and covariance.matrix,
+        "covariance_factors": covariance and covariance.factors,
         "blocks": lists.blocks,
         "counts": lists.counts,
         "launch_order": lists.launch_order,
@@ -229,6 +311,7 @@ def attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "CHUNK_D": min(32, padded_head_dim(head_dim)),
         "PRECISION": "ieee",
     }
     grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)

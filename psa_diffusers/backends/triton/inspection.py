@@ -16,14 +16,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
-from ...planning.blocks import Layout
-from ...planning.triton.planner import empty_buffers, launches
-from ...planning.triton.statistics import empty_statistics, statistics_launch
+from ...planning.triton.inspected import PLANNING_KERNELS, planning_launch
 from .attention import attention_launch
+from .covariance import covariance_finish_launch, covariance_launch, empty_covariance
 from .layout import PyramidLayout
-from .pyramid import empty_pyramid, pyramid_launch
+from .pyramid import Pyramid, empty_pyramid, pyramid_launch
 from .read_lists import empty_read_lists, launch_order_launch, read_lists_launch
 
 # Shared memory (LDS on AMD) that one block can be launched with, in bytes: CUDA programming guide, table of technical
@@ -37,8 +35,27 @@ SHARED_MEMORY_LIMITS = {
     "gfx942": 65536,
 }
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
-PLANNING_KERNELS = ("statistics", "centroids", "sampled", "prices", "bins", "levels")
-KERNELS = ("attention", "attention+variance", "pyramid", "pyramid+variance", "read_lists", "launch_order", *PLANNING_KERNELS)
+KERNELS = (
+    "attention",
+    "attention+variance",
+    "attention+covariance",
+    "pyramid",
+    "pyramid+variance",
+    "covariance",
+    "covariance_finish",
+    "read_lists",
+    "launch_order",
+    *PLANNING_KERNELS,
+)
+CORE_KERNELS = (
+    "attention",
+    "attention+covariance",
+    "pyramid",
+    "covariance",
+    "covariance_finish",
+    *PLANNING_KERNELS[:4],
+)
+LIST_KERNELS = ("read_lists", "launch_order", *PLANNING_KERNELS[4:])  # alike for all dtypes and head dims
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -48,6 +65,7 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.bool: "i1",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -75,8 +93,9 @@ class Case:
         if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
-        is_core = self.kernel in ("attention", "pyramid")
-        return self.kernel == "read_lists" or (is_core and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS)
+        return self.kernel in LIST_KERNELS or (
+            self.kernel in CORE_KERNELS and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ class Resources:
             return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
         if self.spilled:
             return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
-        is_half = case.kernel.startswith("attention") and case.dtype != "fp32"
+        is_half = case.kernel.startswith(("attention", "centroids", "sampled")) and case.dtype != "fp32"
         if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
             return f"uses {self.matrix_unit}, not wgmma"
         return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
@@ -129,12 +148,15 @@ def report_cases() -> list[Case]:
     """Every kernel for every target: the required cases, and the ends of what else is supported."""
     cases = []
     for target in TARGETS:
-        cases.append(Case("read_lists", target, "bf16", 64))
+        cases += [Case(kernel, target, "bf16", 64) for kernel in LIST_KERNELS]
         for kernel in ("attention", "pyramid"):
             cases += [Case(kernel, target, "fp16", head_dim) for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
             cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
             cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
+        for kernel in ("attention+covariance", "covariance", "covariance_finish", *PLANNING_KERNELS[:4]):
+            cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
+            cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         for head_dim in (64, 128):
             cases += [Case("attention", target, "bf16", head_dim, query_block_size=size) for size in (16, 32, 64, 256)]
             cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 1024)]
@@ -179,13 +201,15 @@ def launch_of(case: Case) -> KernelLaunch:
     dtype = next(dtype for dtype, name in TYPE_NAMES.items() if name == case.dtype)
     query = torch.empty(2, case.length, case.heads, case.head_dim, dtype=dtype, device="meta")
     layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
-    pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("variance"))
+    pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("+variance"))
     order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
     if case.kernel in PLANNING_KERNELS:
-        return _planning_launch(case, query, order)
+        return planning_launch(case, query, order)
+    if case.kernel.startswith("covariance"):
+        return _covariance_launch_of(case, pyramid, layout)
     query_blocks = triton.cdiv(case.length, case.query_block_size)
     level_mask = torch.empty(2, case.heads, query_blocks, layout.kv_blocks, dtype=torch.int8, device="meta")
     lists, lengths = empty_read_lists(level_mask, case.num_levels)
@@ -200,6 +224,7 @@ def launch_of(case: Case) -> KernelLaunch:
         pyramid,
         lists,
         layout,
+        empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None,
         query_block_size=case.query_block_size,
         order=order,
         scale=case.head_dim**-0.5,
@@ -207,43 +232,24 @@ def launch_of(case: Case) -> KernelLaunch:
     )
 
 
-def _planning_launch(case: Case, query: Tensor, order: Tensor | None) -> KernelLaunch:
-    """The launch that the planner makes: with padding, full tokens and the coherent part, unless the case is plain."""
-    config = PSAConfig(
-        query_block_size=case.query_block_size, kv_block_size=case.kv_block_size, num_levels=case.num_levels
-    )
-    key_lengths, is_plain = torch.empty(2, dtype=torch.int64, device="meta"), case.is_plain
-    statistics = empty_statistics(query, case.kv_block_size, case.num_levels, config.sampled_keys)
-    kv_blocks, query_blocks = statistics.counts.shape[1], triton.cdiv(case.length, case.query_block_size)
-    if case.kernel == "statistics":
-        draws = torch.empty(kv_blocks, case.kv_block_size, dtype=torch.int16, device="meta")
-        padding = None if is_plain else key_lengths
-        sizes = {"kv_block_size": case.kv_block_size}
-        return statistics_launch(query, query, statistics, draws, order=order, key_lengths=padding, **sizes)
-    full = [None if is_plain else torch.empty(size, dtype=torch.bool, device="meta") for size in (query_blocks, kv_blocks)]
-    layout = Layout(order, full[0], full[1], 0)
-    drawn = min(2 * config.sampled_queries, case.query_block_size)
-    positions = torch.empty(query_blocks, drawn, dtype=torch.int32, device="meta")
-    buffers = empty_buffers(query, positions, statistics, with_shares=not is_plain)
-    coherent = None if is_plain else torch.empty_like(buffers.output_power)
-    made = launches(
-        query,
-        query,
-        config,
-        layout,
-        positions,
-        statistics,
-        buffers,
-        coherent,
-        case.head_dim**-0.5,
-        is_padded=not is_plain,
-        target=case.target,
-    )
-    return dict(zip(PLANNING_KERNELS[1:], made, strict=True))[case.kernel]
+def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:
+    covariance, partial = empty_covariance(pyramid, layout)
+    counted = torch.empty(*pyramid.key.shape[:2], layout.kv_blocks, dtype=torch.uint8, device="meta")
+    if case.kernel == "covariance":
+        return covariance_launch(pyramid, layout, counted, partial)
+    return covariance_finish_launch(partial[0], pyramid, layout, counted, covariance)
 
 
 def _tile_of(launch: KernelLaunch) -> str:
-    shapes = (("BLOCK_M", "BLOCK_N"), ("ROWS", "CHUNK"), ("CHUNK",), ("TILE",), ("KV_BLOCK", "BLOCK_D"))
+    shapes = (
+        ("BLOCK_M", "BLOCK_N"),
+        ("TILE_D", "TILE_ROWS"),
+        ("SLAB", "BLOCK_D"),
+        ("ROWS", "CHUNK"),
+        ("CHUNK",),
+        ("TILE",),
+        ("KV_BLOCK", "BLOCK_D"),
+    )
     names = next(names for names in shapes if set(names) <= set(launch.arguments))
     return "x".join(str(launch.arguments[name]) for name in names)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...gpu.target import target_of, tensor_obstacle
 from ...planning.plan import Plan
 from .attention import attention_launch
+from .covariance import blocks_read_by_all, build_covariance
 from .layout import PyramidLayout
 from .pyramid import build_pyramid
 from .read_lists import ReadLists, read_lists
@@ -34,6 +35,7 @@ def attend_triton(
         plan: What each block of queries reads. Block lists made from it stay in its cache.
         scale: Factor of the logits, usually ``head_dim ** -0.5``.
         logit_correction: ``"none"`` (the paper) or ``"variance"``.
+        value_correction: ``"none"`` (the paper) or ``"covariance"``.
         return_lse: Also return the logarithm of the softmax denominators.
 
     Returns:
@@ -48,8 +50,6 @@ def attend_triton(
     """
     if obstacle := why_unsupported(query, plan):
         raise ValueError(f"attend_triton: {obstacle}; use backend='torch' or backend='reference'.")
-    if value_correction != "none":
-        raise NotImplementedError("attend_triton: no value_correction yet; use backend='torch', or \"none\".")
     lists = read_lists(plan, query.device)
     out, lse = launch_attention(
         query,
@@ -58,6 +58,7 @@ def attend_triton(
         *lists,
         None if plan.order is None else plan.order.to(query.device),
         None if plan.key_lengths is None else plan.key_lengths.to(query.device),
+        blocks_read_by_all(plan, query.device) if value_correction == "covariance" else None,
         [plan.query_block_size, plan.kv_block_size, plan.num_levels],
         scale,
         logit_correction == "variance",
@@ -76,6 +77,7 @@ def launch_attention(
     launch_order: Tensor,
     order: Tensor | None,
     key_lengths: Tensor | None,
+    counted: Tensor | None,
     block_sizes: list[int],
     scale: float,
     with_variance: bool,
@@ -83,11 +85,13 @@ def launch_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_triton` as one operation of a compiled graph: tensors and numbers in, tensors out.
 
+    ``counted`` are the blocks that the value correction's covariance is taken over, None for no such correction;
     ``block_sizes`` are query_block_size, kv_block_size and num_levels; an lse that is not asked for is empty.
     """
     query_block_size, kv_block_size, num_levels = block_sizes
     layout = PyramidLayout(blocks.shape[1], kv_block_size, num_levels)
     pyramid = build_pyramid(key, value, layout, order=order, key_lengths=key_lengths, with_variance=with_variance)
+    covariance = None if counted is None else build_covariance(pyramid, layout, counted)
     out, lse = _empty_result(query, return_lse)
     attention_launch(
         query,
@@ -96,6 +100,7 @@ def launch_attention(
         pyramid,
         ReadLists(blocks, counts, launch_order),
         layout,
+        covariance,
         query_block_size=query_block_size,
         order=order,
         scale=scale,

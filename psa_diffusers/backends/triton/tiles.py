@@ -30,8 +30,22 @@ class PyramidTile:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class CovarianceTile:
+    """Channels of values and of keys, and merges, that one program of the covariance kernel multiplies at a time."""
+
+    channels: int
+    rows: int
+    num_warps: int
+
+
 def attention_tile(
-    target: str, head_dim: int, dtype: torch.dtype, query_block_size: int, with_variance: bool = False
+    target: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    query_block_size: int,
+    with_variance: bool = False,
+    with_covariance: bool = False,
 ) -> AttentionTile:
     """The tile for a target ("sm_90", "gfx942", "cpu"), never taller than a query block (padded to 16 rows).
 
@@ -43,7 +57,7 @@ def attention_tile(
     elif dtype == torch.float32:  # exact products: no matrix units on NVIDIA, and operands in registers
         tile = AttentionTile(32, 16, 8, 1) if width <= 128 else AttentionTile(16, 16, 8, 1)
     elif target.startswith("gfx"):
-        tile = _amd_tile(width, with_variance)
+        tile = _amd_tile(width, with_variance or (with_covariance and head_dim != width))
     else:
         tile = _nvidia_tile(target, width, with_variance)
     return tile if query_block_size >= tile.block_m else _shorter(tile, max(16, query_block_size), target)
@@ -60,10 +74,10 @@ def _has_large_shared_memory(target: str) -> bool:
     return target.startswith(("sm_90", "sm_10"))
 
 
-def _amd_tile(width: int, with_variance: bool) -> AttentionTile:
+def _amd_tile(width: int, needs_registers: bool) -> AttentionTile:
     if width > 128:
         return AttentionTile(64, 16, 8, 2)
-    return AttentionTile(128, 16 if with_variance and width > 64 else 32, 8, 2)
+    return AttentionTile(128, 16 if needs_registers and width > 64 else 32, 8, 2)
 
 
 def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
@@ -80,3 +94,10 @@ def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False)
     """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
     numbers = 4096 if with_variance else 8192
     return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
+
+
+def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
+    """At most 64 accumulators a thread; exact float32 products hold their operands in registers as well."""
+    if dtype == torch.float32:
+        return CovarianceTile(min(padded_head_dim(head_dim), 64), 16, 8)
+    return CovarianceTile(min(padded_head_dim(head_dim), 128), 32, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +23,12 @@ from .statistics import Statistics, empty_statistics, statistics_launch
 MAX_KV_BLOCK_SIZE = 512  # one program of the statistics kernel holds a block
 MAX_SAMPLES = {"sampled_queries": 64, "sampled_keys": 16}  # a block's samples lie in one tile
 
-# float32 [batch, heads, query_blocks] from the statistics: see ``prices_launch``.
-CoherentPower = Callable[[Statistics], Tensor]
-
 
 @dataclass(frozen=True)
 class Buffers:
     """What the kernels hand to each other besides the statistics."""
 
     attention: Tensor  # float32 [batch, heads, query_blocks, kv_blocks]: the second estimate, then attention^2
-    shares: Tensor | None  # like attention; None without a coherent part
     features: Tensor  # [batch, heads, query_blocks, head_dim]
     output: Tensor  # the same
     output_power: Tensor  # float32 [batch, heads, query_blocks]
@@ -49,7 +45,6 @@ def plan_levels(
     layout: Layout,
     key_lengths: Tensor | None,
     scale: float,
-    coherent_power: CoherentPower | None = None,
 ) -> Tensor:
     """int8 [batch, heads, query_blocks, kv_blocks] by the ``budget`` rule. Six launches; nothing waits for the device.
 
@@ -58,14 +53,11 @@ def plan_levels(
     Args:
         query, key, value: [batch, seq, heads, head_dim], any strides; fp32 (exact products, slow), fp16 or bf16.
         layout: of these sequences, on their device. key_lengths: int64 [batch] there, or None.
-        coherent_power: Gives the part of the errors that is alike in all blocks; None = there is none.
     """
-    batch, query_length, heads, head_dim = query.shape
+    query_length = query.shape[1]
     samples = min(config.sampled_queries, config.query_block_size)
     drawn = min(2 * config.sampled_queries, config.query_block_size)
-    positions = query_positions(
-        config.seed, query_length, config.query_block_size, samples, drawn, query.device
-    )
+    positions = query_positions(config.seed, query_length, config.query_block_size, samples, drawn, query.device)
     statistics = empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
     draws = key_draws(
         config.seed,
@@ -76,10 +68,9 @@ def plan_levels(
     )
     where = {"order": layout.order, "key_lengths": key_lengths}
     statistics_launch(key, value, statistics, draws, kv_block_size=config.kv_block_size, **where).run()
-    coherent = None if coherent_power is None else coherent_power(statistics)
-    buffers = empty_buffers(query, positions, statistics, with_shares=coherent is not None)
+    buffers = empty_buffers(query, positions, statistics)
     for launch in launches(
-        query, key, config, layout, positions, statistics, buffers, coherent, scale, key_lengths is not None
+        query, key, config, layout, positions, statistics, buffers, scale=scale, is_padded=key_lengths is not None
     ):
         launch.run()
     return buffers.levels
@@ -93,7 +84,7 @@ def launches(
     positions: Tensor,
     statistics: Statistics,
     buffers: Buffers,
-    coherent: Tensor | None,
+    *,
     scale: float,
     is_padded: bool,
     target: str | None = None,
@@ -120,7 +111,6 @@ def launches(
         layout.order,
         statistics,
         buffers.attention,
-        buffers.shares,
         buffers.output,
         buffers.output_power,
         samples=min(config.sampled_queries, config.query_block_size),
@@ -129,8 +119,6 @@ def launches(
     )
     yield prices_launch(
         buffers.attention,
-        buffers.shares,
-        coherent,
         buffers.output,
         buffers.output_power,
         buffers.features,
@@ -148,7 +136,7 @@ def launches(
     yield levels_launch(*spending, buffers.levels, **settings)
 
 
-def empty_buffers(query: Tensor, positions: Tensor, statistics: Statistics, *, with_shares: bool) -> Buffers:
+def empty_buffers(query: Tensor, positions: Tensor, statistics: Statistics) -> Buffers:
     """Memory for queries [batch, query_length, heads, head_dim]."""
     batch, _, heads, head_dim = query.shape
     query_blocks, kv_blocks = positions.shape[0], statistics.counts.shape[1]
@@ -156,7 +144,6 @@ def empty_buffers(query: Tensor, positions: Tensor, statistics: Statistics, *, w
     chunks, _ = chunks_of(heads * query_blocks * kv_blocks)
     return Buffers(
         attention=query.new_empty(*rows, kv_blocks, dtype=torch.float32),
-        shares=query.new_empty(*rows, kv_blocks, dtype=torch.float32) if with_shares else None,
         features=query.new_empty(*rows, head_dim, dtype=statistics.key_spread.dtype),
         output=query.new_empty(*rows, head_dim),
         output_power=query.new_empty(rows, dtype=torch.float32),

@@ -114,8 +114,6 @@ def _price(rungs, step: tl.constexpr, COSTS: tl.constexpr, LEVELS: tl.constexpr)
 @triton.jit
 def prices_kernel(
     attention,
-    shares,
-    coherent,
     output,
     output_power,
     features,
@@ -166,21 +164,12 @@ def prices_kernel(
     )
     pair_attention = tl.load(attention + pair, mask=is_pair, other=0.0)
     rungs = ()
-    whole = distance
     for rung in tl.static_range(LEVELS):  # the centroid first, then the coarsest level, ..., level 2
         place = (LEVELS - 1 - rung) * blocks_of_all_heads + column
-        variance = _products(
-            features, row, is_row, key_spread, place, is_column, channels, HEAD_DIM, DEPTH, PRECISION
-        )
+        variance = _products(features, row, is_row, key_spread, place, is_column, channels, HEAD_DIM, DEPTH, PRECISION)
         lost = _one_minus_exp(0.5 * variance)
         covariance = variance * tl.load(value_spread + place, mask=is_column, other=0.0)[None, :]
         error = (COHERENCE * covariance + lost * lost * distance) * pair_attention
-        if coherent is not None:
-            if rung == 0:
-                whole = tl.maximum(covariance, TINY)
-            together = tl.load(shares + pair, mask=is_pair, other=0.0)
-            together *= tl.load(coherent + row, mask=is_row, other=0.0)[:, None]
-            error += tl.sqrt(tl.minimum(covariance / whole, 1.0)) * together
         error *= weight
         error = tl.where(error != error, 0.0, tl.minimum(error, FORBIDDEN))
         rungs += (error,)
@@ -209,8 +198,6 @@ def prices_kernel(
 
 def prices_launch(
     attention: Tensor,
-    shares: Tensor | None,
-    coherent: Tensor | None,
     output: Tensor,
     output_power: Tensor,
     features: Tensor,
@@ -226,8 +213,6 @@ def prices_launch(
 
     Args:
         attention: float32 [batch, heads, query_blocks, kv_blocks], attention^2.
-        coherent: float32 [batch, heads, query_blocks], power of the part of the errors that is alike in all blocks; a
-            pair bears it by its entry in ``shares`` (like ``attention``). None = no such part.
         output, output_power, features: what the estimates left, see :mod:`.sampled` and :mod:`.centroids`.
         full: bool [query_blocks] and [kv_blocks], blocks that hold a full token; None = none.
         prices: int16 [num_levels, batch, heads, query_blocks, kv_blocks]; FULL or UNCOUNTED where there is no choice.
@@ -239,8 +224,6 @@ def prices_launch(
     tile = prices_tile(target, head_dim, output.dtype)
     arguments = {
         "attention": attention,
-        "shares": None if coherent is None else shares,
-        "coherent": coherent,
         "output": output,
         "output_power": output_power,
         "features": features,

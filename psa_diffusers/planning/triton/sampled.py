@@ -51,7 +51,7 @@ def _sampled_logits(
     bias = tl.load(sample_bias + block, mask=token >= 0, other=float("-inf"))
     pointers = strided_pointers(key, key_strides, batch, head, tl.maximum(token, 0).to(tl.int64), channel)
     # Samples that are not there read token 0, which is there, and count for nothing.
-    if HEAD_DIM == channel.shape[0]:
+    if channel.shape[0] == HEAD_DIM:
         rows = tl.load(pointers)
     else:
         rows = tl.load(pointers, mask=(channel < HEAD_DIM)[None, :], other=0.0)
@@ -69,7 +69,6 @@ def sampled_kernel(
     sample_bias,
     value_mean,
     attention,
-    shares,
     output,
     output_power,
     query_strides,
@@ -184,8 +183,6 @@ def sampled_kernel(
         mask = is_block[:, None] & inside[None, :]
         second = tl.load(attention + pair, mask=mask, other=0.0)
         tl.store(attention + pair, tl.exp2(tl.log2(energy * second) * (0.5 * SHRINKAGE)), mask=mask)
-        if shares is not None:
-            tl.store(shares + pair, share, mask=mask)
 
     mask = is_block[:, None] & (channel < HEAD_DIM)[None, :]
     stored = mean_output.to(output.dtype.element_ty)
@@ -201,7 +198,6 @@ def sampled_launch(
     order: Tensor | None,
     statistics: Statistics,
     attention: Tensor,
-    shares: Tensor | None,
     output: Tensor,
     output_power: Tensor,
     *,
@@ -215,7 +211,6 @@ def sampled_launch(
         query, key: [batch, seq, heads, head_dim], any strides.
         positions: int32 [query_blocks, drawn], of which the first ``samples`` count here.
         attention: float32 [batch, heads, query_blocks, kv_blocks]; in and out.
-        shares: the same shape, mean share of the queries' attention; None where no one wants it.
         output: [batch, heads, query_blocks, head_dim], the mean output that the shares of the blocks' means give.
         output_power: float32 [batch, heads, query_blocks], its squared norm.
     """
@@ -236,7 +231,6 @@ def sampled_launch(
         "sample_bias": statistics.sample_bias,
         "value_mean": statistics.value_mean,
         "attention": attention,
-        "shares": shares,
         "output": output,
         "output_power": output_power,
         "query_strides": query.stride(),

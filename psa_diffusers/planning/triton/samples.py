@@ -20,9 +20,7 @@ def key_draws(seed: int, kv_blocks: int, kv_block_size: int, samples: int, devic
 
 
 @lru_cache(maxsize=64)
-def query_positions(
-    seed: int, length: int, block_size: int, runs: int, samples: int, device: torch.device
-) -> Tensor:
+def query_positions(seed: int, length: int, block_size: int, runs: int, samples: int, device: torch.device) -> Tensor:
     """int32 [query_blocks, samples]: the positions of each block's sampled queries in block order; -1 for none."""
     positions, valid, _ = _positions(seed, "query", length, block_size, runs, samples, "cpu")
     positions = positions[0]
@@ -55,9 +53,7 @@ def sampled_rows(
     row = tl.arange(0, ROWS)
     block = first_block + row // PADDED
     sample = row % PADDED
-    position = tl.load(
-        positions + block * TABLE + sample, mask=(block < query_blocks) & (sample < SAMPLES), other=-1
-    )
+    position = tl.load(positions + block * TABLE + sample, mask=(block < query_blocks) & (sample < SAMPLES), other=-1)
     valid = position >= 0
     token = position.to(tl.int64)
     if order is not None:

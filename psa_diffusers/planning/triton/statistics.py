@@ -210,7 +210,7 @@ def statistics_kernel(
 
 
 def empty_statistics(key: Tensor, kv_block_size: int, num_levels: int, sampled_keys: int) -> Statistics:
-    """Buffers for keys [batch, key_length, heads, head_dim]: 0.05 times K and V in half precision, at 4 levels of 64."""
+    """Buffers for keys [batch, key_length, heads, head_dim]: 0.05 times K and V (half precision, 4 levels of 64)."""
     batch, key_length, heads, head_dim = key.shape
     kv_blocks = triton.cdiv(key_length, kv_block_size)
     blocks = (batch, heads, kv_blocks)
