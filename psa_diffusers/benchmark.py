@@ -109,6 +109,8 @@ def measure(case: BenchCase, repeats: int = 10, after_repeat: Callable[[], None]
     return {
         "backend": backend,
         "backend_reason": reason,
+        "planner": plans[0].planner,
+        "planner_reason": plans[0].planner_reason,
         "repeats": repeats,
         **{f"{stage}_{name}": figure for stage in seconds for name, figure in _quantiles(seconds[stage]).items()},
         "dense_tflops": case.dense_flops / statistics.median(seconds["dense"]) / 1e12,

@@ -28,6 +28,7 @@ class PSAStatistics:
         dense_reasons: Calls that ran dense, by reason, e.g. ``{"dense warm-up": 40}``.
         steps: (index, total, "dense" or "sparse") of each denoising step; sparse if any of its calls was.
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
+        planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
     """
 
@@ -41,6 +42,8 @@ class PSAStatistics:
         self.steps: list[tuple[int, int, str]] = []
         self.backend: str | None = None
         self.backend_reason: str | None = None
+        self.planner: str | None = None
+        self.planner_reason: str | None = None
         self.notes: list[str] = []
         self._budget_sum: torch.Tensor | float = 0.0
         self._seconds = {"planning": 0.0, "attention": 0.0}
@@ -58,6 +61,8 @@ class PSAStatistics:
 
     def count_sparse(self, plan: Plan) -> None:
         self.sparse_calls += 1
+        if self.planner is None:
+            self.planner, self.planner_reason = plan.planner, plan.planner_reason
         cost = plan.mean_cost()
         total = self._budget_sum
         if isinstance(total, torch.Tensor):
@@ -133,7 +138,8 @@ class PSAStatistics:
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain values, ready for JSON."""
         names = (
-            *("sparse_calls", "dense_calls", "dense_reasons", "backend", "backend_reason"),
+            *("sparse_calls", "dense_calls", "dense_reasons"),
+            *("backend", "backend_reason", "planner", "planner_reason"),
             *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
         )
         values: dict[str, Any] = {name: getattr(self, name) for name in names}

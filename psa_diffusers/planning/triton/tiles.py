@@ -47,7 +47,7 @@ def sampled_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(64 if wide else 128, 128, 8, 2)
     if target.startswith("sm_90"):
         return Tile(64 if wide else 128, 128, 4, 2)
-    return Tile(64, 128, 8, 1) if wide else Tile(64, 128, 4, 2)
+    return Tile(64, 128, 8, 1 if wide else 2)
 
 
 def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -59,16 +59,16 @@ def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(64, 64, 8, 1)
     if has_large_shared_memory(target):
         return Tile(64 if wide else 128, 64, 8, 2)
-    return Tile(64, 32, 4, 1) if wide else Tile(64, 64, 4, 2)
+    return Tile(64, 32, 4, 1) if wide else Tile(64, 64, 8, 2)
 
 
 def prices_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """Query blocks x kv blocks; 8 pairs a thread at most, since each takes about 20 registers."""
     if target.startswith("gfx"):
         return Tile(64, 16, 4, 1)
-    if has_large_shared_memory(target) and dtype != torch.float32:
-        return Tile(64, 32, 8, 1)
-    return Tile(32, 32, 8, 1)
+    if dtype == torch.float32:
+        return Tile(16, 32, 4, 1)
+    return Tile(64, 32, 8, 1) if has_large_shared_memory(target) else Tile(32, 32, 4, 1)
 
 
 def precision_of(target: str, dtype: torch.dtype) -> str:
