@@ -30,7 +30,7 @@ LEAN = [
     for case in (
         Case("attention", target, "fp16", 64),
         Case("attention", target, "bf16", 128),
-        Case("sampled", target, "bf16", 128),
+        Case("masses", target, "bf16", 128),
         *(Case(kernel, target, "bf16", 64) for kernel in LIST_KERNELS),
     )
 ] + [

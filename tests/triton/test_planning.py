@@ -122,18 +122,14 @@ def test_statistics(stages):
 
 def test_sampled_keys_are_those_of_torch(stages):
     case, made, (_, keys, _, _, _, _) = stages
-    _, key, _, _, _ = inputs_of(case)
-    tokens = made.statistics.sample_tokens.long()  # [batch, samples, blocks]
-    valid = torch.ones_like(tokens, dtype=torch.bool) if keys.valid is None else keys.valid.expand(tokens.shape)
-    assert torch.equal(tokens >= 0, valid)
-    for sample in range(case.batch):
-        rows = key[sample, tokens[sample].clamp(min=0)].float().permute(2, 0, 1, 3)
-        rows = torch.where(valid[sample][None, :, :, None], rows, 0.0)
-        assert torch.equal(rows, keys.rows[sample])
-    if keys.weights is not None:
-        counted = made.statistics.counts > 0
-        weights = torch.exp2(made.statistics.sample_bias)[counted]
-        torch.testing.assert_close(weights, keys.weights.expand(counted.shape)[counted])
+    samples, bias = made.statistics.samples, made.statistics.sample_bias  # [batch, heads, samples, blocks, head_dim]
+    valid = torch.ones(bias.shape, dtype=torch.bool) if keys.valid is None else keys.valid.expand(bias.shape)
+    assert torch.equal(torch.isfinite(bias), valid)
+    assert torch.equal(samples.float(), keys.rows)
+    weights = torch.ones(1, bias.shape[2]) * case.config.kv_block_size / bias.shape[1]
+    weights = (weights if keys.weights is None else keys.weights)[:, None, :].expand(bias.shape)
+    expected = weights * bias.shape[1] / case.config.kv_block_size  # 1 in full blocks
+    torch.testing.assert_close(torch.exp2(bias)[valid], expected[valid])
 
 
 def test_second_estimate(stages):

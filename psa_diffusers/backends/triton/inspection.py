@@ -53,9 +53,9 @@ CORE_KERNELS = (
     "pyramid",
     "covariance",
     "covariance_finish",
-    *PLANNING_KERNELS[:4],
+    *PLANNING_KERNELS[:5],
 )
-LIST_KERNELS = ("read_lists", "launch_order", *PLANNING_KERNELS[4:])  # alike for all dtypes and head dims
+LIST_KERNELS = ("read_lists", "launch_order", *PLANNING_KERNELS[5:])  # alike for all dtypes and head dims
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -117,7 +117,7 @@ class Resources:
             return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
         if self.spilled:
             return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
-        is_half = case.kernel.startswith(("attention", "centroids", "sampled")) and case.dtype != "fp32"
+        is_half = case.kernel.startswith(("attention", "centroids", "masses")) and case.dtype != "fp32"
         if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
             return f"uses {self.matrix_unit}, not wgmma"
         return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
@@ -154,7 +154,7 @@ def report_cases() -> list[Case]:
             cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
             cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
             cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
-        for kernel in ("attention+covariance", "covariance", "covariance_finish", *PLANNING_KERNELS[:4]):
+        for kernel in ("attention+covariance", "covariance", "covariance_finish", *PLANNING_KERNELS[:5]):
             cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         for head_dim in (64, 128):

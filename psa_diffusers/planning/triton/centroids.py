@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.target import padded_head_dim
-from .samples import add_to_softmax, log_of_sum, sampled_rows, samples_of_blocks, sum_of_blocks
+from .samples import add_to_softmax, averages, log_of_sum, sampled_rows
 from .statistics import Statistics
 from .tiles import centroid_tile, precision_of
 
@@ -22,7 +22,7 @@ def _centroid_logits(
     squares,
     key_mean,
     key_spread,
-    counts,
+    count_bias,
     start,
     kv_blocks,
     channel,
@@ -40,22 +40,21 @@ def _centroid_logits(
     mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
     mean = tl.load(key_mean + offsets, mask=mask, other=0.0)
     spread = tl.load(key_spread + offsets, mask=mask, other=0.0)
-    count = tl.load(counts + block, mask=inside, other=0)
-    bias = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-    half_variance = tl.dot(squares, tl.trans(spread), input_precision=PRECISION) * (0.5 * LOG2E)
+    bias = tl.load(count_bias + block, mask=inside, other=float("-inf"))
+    half_variance = tl.dot(squares, tl.trans(spread), input_precision=PRECISION)
     logits = tl.dot(query_tile, tl.trans(mean), input_precision=PRECISION) * (scale * LOG2E)
     # The largest of n keys holds at most the mass of n: beyond it the logits are not normal.
     return logits + tl.minimum(half_variance, LOG_KV_BLOCK) + bias[None, :]
 
 
 @triton.jit
-def centroid_kernel(
+def centroids_kernel(
     query,
     positions,
     order,
     key_mean,
     key_spread,
-    counts,
+    count_bias,
     energy,
     features,
     query_strides,
@@ -67,6 +66,7 @@ def centroid_kernel(
     BLOCK_D: tl.constexpr,
     SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
+    AVERAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOG_KV_BLOCK: tl.constexpr,
@@ -97,22 +97,24 @@ def centroid_kernel(
         BLOCK_M,
         HEAD_DIM,
     )
-    samples = samples_of_blocks(valid, PADDED)
-    query_block = first_block + tl.arange(0, BLOCKS)
-    is_block = query_block < query_blocks
+    kind = features.dtype.element_ty
+    of_block, per_sample = averages(valid, PADDED, AVERAGES, kind)
+    query_block = first_block + tl.arange(0, AVERAGES)
+    is_block = (tl.arange(0, AVERAGES) < BLOCKS) & (query_block < query_blocks)
     row = (batch * heads + head) * query_blocks + query_block
 
+    LOG2E: tl.constexpr = 1.4426950408889634
     scaled = query_tile.to(tl.float32) * scale
     scaled = scaled * scaled
-    power = sum_of_blocks(scaled, PADDED) / samples[:, None]
+    power = tl.dot(of_block, scaled.to(kind), input_precision=PRECISION) * per_sample[:, None]
     mask = is_block[:, None] & (channel < HEAD_DIM)[None, :]
-    tl.store(features + row[:, None] * HEAD_DIM + channel[None, :], power.to(features.dtype.element_ty), mask=mask)
-    squares = scaled.to(key_spread.dtype.element_ty)
+    tl.store(features + row[:, None] * HEAD_DIM + channel[None, :], power.to(kind), mask=mask)
+    squares = (scaled * (0.5 * LOG2E)).to(key_spread.dtype.element_ty)
 
     base = (batch * heads + head) * kv_blocks * HEAD_DIM
     key_mean += base
     key_spread += base
-    counts += batch * kv_blocks
+    count_bias += batch * kv_blocks
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, kv_blocks, BLOCK_N):
@@ -121,7 +123,7 @@ def centroid_kernel(
             squares,
             key_mean,
             key_spread,
-            counts,
+            count_bias,
             start,
             kv_blocks,
             channel,
@@ -139,7 +141,7 @@ def centroid_kernel(
             squares,
             key_mean,
             key_spread,
-            counts,
+            count_bias,
             start,
             kv_blocks,
             channel,
@@ -150,7 +152,7 @@ def centroid_kernel(
             PRECISION,
         )
         squared_mass = tl.exp2(2.0 * (logits - denominator[:, None]))
-        mean_square = sum_of_blocks(squared_mass, PADDED) / samples[:, None]
+        mean_square = tl.dot(of_block, squared_mass.to(kind), input_precision=PRECISION) * per_sample[:, None]
         block = start + tl.arange(0, BLOCK_N)
         pairs = energy + row[:, None] * kv_blocks + block[None, :]
         tl.store(pairs, mean_square, mask=is_block[:, None] & (block < kv_blocks)[None, :])
@@ -188,7 +190,7 @@ def centroid_launch(
         "order": order,
         "key_mean": statistics.key_mean,
         "key_spread": statistics.key_spread[-1],
-        "counts": statistics.counts,
+        "count_bias": statistics.count_bias,
         "energy": energy,
         "features": features,
         "query_strides": query.stride(),
@@ -200,10 +202,11 @@ def centroid_launch(
         "BLOCK_D": padded_head_dim(head_dim),
         "SAMPLES": samples,
         "PADDED": padded,
+        "AVERAGES": max(16, block_m // padded),
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "LOG_KV_BLOCK": kv_block_size.bit_length() - 1,
         "PRECISION": precision_of(target, query.dtype),
     }
     grid = (triton.cdiv(query_blocks, block_m // padded), heads, batch)
-    return KernelLaunch(centroid_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    return KernelLaunch(centroids_kernel, grid, arguments, tile.num_warps, tile.num_stages)

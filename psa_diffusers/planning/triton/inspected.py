@@ -14,7 +14,7 @@ from ..blocks import Layout
 from .planner import empty_buffers, launches
 from .statistics import empty_statistics, statistics_launch
 
-PLANNING_KERNELS = ("statistics", "centroids", "sampled", "prices", "bins", "levels")
+PLANNING_KERNELS = ("statistics", "centroids", "masses", "shares", "prices", "bins", "levels")
 
 
 class PlanningCase(Protocol):
@@ -58,4 +58,4 @@ def planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> 
         is_padded=not case.is_plain,
         target=case.target,
     )
-    return dict(zip(PLANNING_KERNELS[1:], made, strict=True))[case.kernel]
+    return next(launch for launch in made if launch.kernel.__name__ == f"{case.kernel}_kernel")

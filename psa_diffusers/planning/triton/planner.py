@@ -15,12 +15,13 @@ from ..blocks import Layout
 from ..budget import rung_costs
 from .centroids import centroid_launch
 from .prices import prices_launch
-from .sampled import sampled_launch
+from .sampled import empty_masses, heads_at_a_time, masses_launch, masses_layout, shares_launch
 from .samples import key_draws, query_positions
 from .spending import BINS, bins_launch, chunks_of, levels_launch
 from .statistics import Statistics, empty_statistics, statistics_launch
 
 MAX_KV_BLOCK_SIZE = 512  # one program of the statistics kernel holds a block
+MASSES_BYTES = 2**25  # of masses are made at a time, or a quarter of the keys' memory if that is more
 MAX_SAMPLES = {"sampled_queries": 64, "sampled_keys": 16}  # a block's samples lie in one tile
 
 
@@ -104,19 +105,9 @@ def launches(
         kv_block_size=config.kv_block_size,
         target=target,
     )
-    yield sampled_launch(
-        query,
-        key,
-        positions,
-        layout.order,
-        statistics,
-        buffers.attention,
-        buffers.output,
-        buffers.output_power,
-        samples=min(config.sampled_queries, config.query_block_size),
-        scale=scale,
-        target=target,
-    )
+    # Padding may lie anywhere in the block order; without it the last block alone may be short.
+    full_blocks = 0 if is_padded else key.shape[1] // config.kv_block_size
+    yield from _sampled_launches(query, config, layout, positions, statistics, buffers, full_blocks, scale, target)
     yield prices_launch(
         buffers.attention,
         buffers.output,
@@ -134,6 +125,53 @@ def launches(
     settings = {"costs": costs, "compute_budget": config.compute_budget}
     yield bins_launch(*spending, **settings)
     yield levels_launch(*spending, buffers.levels, **settings)
+
+
+def _sampled_launches(
+    query: Tensor,
+    config: PSAConfig,
+    layout: Layout,
+    positions: Tensor,
+    statistics: Statistics,
+    buffers: Buffers,
+    full_blocks: int,
+    scale: float,
+    target: str,
+) -> Iterator[KernelLaunch]:
+    """Masses and what they come to, a few heads at a time, so that the masses stay a fraction of the keys."""
+    samples = min(config.sampled_queries, config.query_block_size)
+    cut = masses_layout(query, len(positions), samples, statistics, target)
+    heads = query.shape[2]
+    key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
+    step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))
+    masses = empty_masses(query, cut, step)
+    for first in range(0, heads, step):
+        some = range(first, min(heads, first + step))
+        yield masses_launch(
+            query,
+            positions,
+            layout.order,
+            statistics,
+            masses,
+            cut,
+            some,
+            samples=samples,
+            scale=scale,
+            full_blocks=full_blocks,
+            target=target,
+        )
+        yield shares_launch(
+            masses,
+            cut,
+            positions,
+            statistics,
+            buffers.attention,
+            buffers.output,
+            buffers.output_power,
+            some,
+            samples=samples,
+            target=target,
+        )
 
 
 def empty_buffers(query: Tensor, positions: Tensor, statistics: Statistics) -> Buffers:

@@ -184,16 +184,18 @@ def prices_kernel(
     if counts is not None:
         count = tl.load(counts + batch * kv_blocks + block, mask=is_column, other=1)
         sentinel = tl.where((count == 0)[None, :], UNCOUNTED, sentinel)
-    free = tl.reshape(is_pair & (sentinel == 0), [BLOCK_M * BLOCK_N])
+    free = is_pair & (sentinel == 0)
     paid = tl.zeros([OCTAVES], tl.int32)
     for step in tl.static_range(1, LEVELS + 1):
         price = _price(rungs, step, COSTS, LEVELS)
-        octave = tl.reshape(price >> LOG_BINS, [BLOCK_M * BLOCK_N])
-        paid += tl.histogram(octave, OCTAVES, mask=free).to(tl.int32) * (COSTS[step] - COSTS[step - 1])
+        # Not by a mask: the tile and its mask may be reshaped in different orders. No price is in the last octave.
+        octave = tl.reshape(tl.where(free, price >> LOG_BINS, OCTAVES - 1), [BLOCK_M * BLOCK_N])
+        paid += tl.histogram(octave, OCTAVES).to(tl.int32) * (COSTS[step] - COSTS[step - 1])
         price = tl.where(sentinel == 0, price, sentinel)
         tl.store(prices + (step - 1) * pairs_of_all_heads + pair, price.to(tl.int16), mask=is_pair)
-    counter = spent + batch * COUNTERS + tl.arange(0, OCTAVES)
-    tl.atomic_add(counter, paid.to(tl.int64), mask=paid > 0, sem="relaxed")
+    octave = tl.arange(0, OCTAVES)
+    counter = spent + batch * COUNTERS + octave
+    tl.atomic_add(counter, paid.to(tl.int64), mask=(paid > 0) & (octave < OCTAVES - 1), sem="relaxed")
 
 
 def prices_launch(

@@ -64,17 +64,14 @@ def sampled_rows(
 
 
 @triton.jit
-def sum_of_blocks(rows, PADDED: tl.constexpr):
-    """[ROWS, N] to [ROWS / PADDED, N]: sums over the samples of each block."""
-    groups: tl.constexpr = rows.shape[0] // PADDED
-    return tl.sum(tl.reshape(rows, (groups, PADDED, rows.shape[1])), axis=1)
+def averages(valid, PADDED: tl.constexpr, AVERAGES: tl.constexpr, kind: tl.constexpr):
+    """[AVERAGES, ROWS]: what, multiplied from the left, sums the rows of each query block; and 1 / their number.
 
-
-@triton.jit
-def samples_of_blocks(valid, PADDED: tl.constexpr):
-    """float32 [ROWS / PADDED]: real samples of each block, at least 1."""
-    groups: tl.constexpr = valid.shape[0] // PADDED
-    return tl.maximum(tl.sum(tl.reshape(valid.to(tl.float32), (groups, PADDED)), axis=1), 1.0)
+    Sums by a matrix unit, since a block's rows lie in several threads. There are at least as many averages as blocks.
+    """
+    block = tl.arange(0, valid.shape[0]) // PADDED
+    is_of = (block[None, :] == tl.arange(0, AVERAGES)[:, None]) & valid[None, :]
+    return is_of.to(kind), 1.0 / tl.maximum(tl.sum(is_of.to(tl.float32), axis=1), 1.0)
 
 
 @triton.jit

@@ -234,7 +234,7 @@ def levels_launch(
     """The launch that fills ``levels`` int8 [batch, heads, query_blocks, kv_blocks]; after that of the bins."""
     arguments = _arguments(prices, counts, full, spent, spent_by_chunk, costs, compute_budget)
     arguments |= {"levels": levels, "CHUNKS": triton.next_power_of_2(spent_by_chunk.shape[2])}
-    return KernelLaunch(levels_kernel, _grid(spent_by_chunk), arguments, num_warps=4)
+    return KernelLaunch(levels_kernel, _grid(spent_by_chunk), arguments, num_warps=8)
 
 
 def _grid(spent_by_chunk: Tensor) -> tuple[int, int]:

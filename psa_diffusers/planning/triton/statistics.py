@@ -24,8 +24,10 @@ class Statistics(NamedTuple):
     key_spread: Tensor  # [levels, batch, heads, kv_blocks, head_dim]; bfloat16 for half precision, since squares
     value_spread: Tensor  # float32 [levels, batch, heads, kv_blocks]
     counts: Tensor  # int32 [batch, kv_blocks]: real keys
-    sample_tokens: Tensor  # int32 [batch, samples, kv_blocks]: raster positions of the sampled keys, -1 for none
-    sample_bias: Tensor  # float32 [batch, kv_blocks]: log2 of the real keys that each sample stands for
+    count_bias: Tensor  # float32 [batch, kv_blocks]: log2 of the real keys, -inf for none
+    samples: Tensor  # [batch, heads, samples, kv_blocks, head_dim]: the sampled keys, 0 for none
+    sample_bias: Tensor  # float32 [batch, samples, kv_blocks]: log2 of the share of a full block's keys that a sample
+    # stands for, times samples: 0 in full blocks, -inf for none
     spent: Tensor  # int64 [batch, BIN_COUNTERS]: the budget's histograms, zero
 
 
@@ -92,28 +94,43 @@ def _draw_samples(
     draws,
     order,
     key_lengths,
-    sample_tokens,
-    sample_bias,
-    counts,
     batch,
     block,
     key_length,
+    KV_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """A block's first real keys in the order in which they are drawn, [SLOTS] tokens, and how many real keys it has."""
+    position = block * KV_BLOCK + tl.load(draws + block * KV_BLOCK + tl.arange(0, KV_BLOCK)).to(tl.int32)
+    token, real = _real_tokens(position, order, key_lengths, batch, key_length)
+    slot = tl.where(real, tl.cumsum(real.to(tl.int32), axis=0) - 1, -1)
+    is_here = slot[None, :] == tl.arange(0, SLOTS)[:, None]
+    tokens = tl.sum(tl.where(is_here, token[None, :], 0), axis=1)
+    return tokens, tl.sum(real.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _store_counts(
+    counts,
+    count_bias,
+    sample_bias,
+    count,
+    batch,
+    block,
     kv_blocks,
     KV_BLOCK: tl.constexpr,
     SAMPLES: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Writes a block's first SAMPLES real keys, in the order in which they are drawn, and what they stand for."""
-    position = block * KV_BLOCK + tl.load(draws + block * KV_BLOCK + tl.arange(0, KV_BLOCK)).to(tl.int32)
-    token, real = _real_tokens(position, order, key_lengths, batch, key_length)
-    slot = tl.cumsum(real.to(tl.int32), axis=0) - 1
-    tokens = sample_tokens + batch * SAMPLES * kv_blocks + block
-    tl.store(tokens + slot * kv_blocks, token.to(tl.int32), mask=real & (slot < SAMPLES))
-    count = tl.sum(real.to(tl.int32), axis=0)
-    place = tl.arange(0, KV_BLOCK)
-    tl.store(tokens + place * kv_blocks, tl.full([KV_BLOCK], -1, tl.int32), mask=(place >= count) & (place < SAMPLES))
+    """What a block's real keys, and each of its samples, weigh in a softmax in units of ln 2."""
     tl.store(counts + batch * kv_blocks + block, count)
-    share = count.to(tl.float32) / tl.maximum(tl.minimum(count, SAMPLES), 1).to(tl.float32)
-    tl.store(sample_bias + batch * kv_blocks + block, tl.log2(share))
+    weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
+    tl.store(count_bias + batch * kv_blocks + block, tl.where(count > 0, weight, float("-inf")))
+    sampled = tl.maximum(tl.minimum(count, SAMPLES), 1)
+    share = count.to(tl.float32) * SAMPLES / (sampled.to(tl.float32) * KV_BLOCK)
+    slot = tl.arange(0, SLOTS)
+    bias = tl.where(slot < count, tl.log2(share), float("-inf"))
+    tl.store(sample_bias + (batch * SAMPLES + slot) * kv_blocks + block, bias, mask=slot < SAMPLES)
 
 
 @triton.jit
@@ -128,7 +145,8 @@ def statistics_kernel(
     key_spread,
     value_spread,
     counts,
-    sample_tokens,
+    count_bias,
+    samples,
     sample_bias,
     spent,
     key_strides,
@@ -142,6 +160,7 @@ def statistics_kernel(
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
     SAMPLES: tl.constexpr,
+    SLOTS: tl.constexpr,
     COUNTERS: tl.constexpr,
     COUNTERS_PADDED: tl.constexpr,
 ):
@@ -164,6 +183,9 @@ def statistics_kernel(
     real_keys = tl.maximum(real_keys, 1.0)
 
     row = (batch * heads + head) * kv_blocks + block
+    slot = tl.arange(0, SLOTS)
+    sampled, count = _draw_samples(draws, order, key_lengths, batch, block, key_length, KV_BLOCK, SLOTS)
+    sample_rows = ((batch * heads + head) * SAMPLES + slot) * kv_blocks + block
     value_spreads = ()
     for _ in tl.static_range(LEVELS):
         value_spreads += (0.0,)
@@ -173,6 +195,10 @@ def statistics_kernel(
         spreads, mean = _deviations(
             key, key_strides, batch, head, tokens, reals, slot_counts, real_keys, channel, HEAD_DIM, LEVELS
         )
+        sample_mask = (slot < SAMPLES)[:, None] & inside[None, :]
+        pointers = strided_pointers(key, key_strides, batch, head, sampled, channel)
+        rows = tl.load(pointers, mask=sample_mask & (slot < count)[:, None], other=0.0)
+        tl.store(samples + sample_rows[:, None] * HEAD_DIM + channel[None, :], rows, mask=sample_mask)
         tl.store(key_mean + row * HEAD_DIM + channel, mean.to(key_mean.dtype.element_ty), mask=inside)
         for level in tl.static_range(LEVELS):
             place = (level * blocks_of_all_heads + row) * HEAD_DIM + channel
@@ -189,20 +215,7 @@ def statistics_kernel(
         tl.store(value_spread + level * blocks_of_all_heads + row, value_spreads[level])
 
     if head == 0:
-        _draw_samples(
-            draws,
-            order,
-            key_lengths,
-            sample_tokens,
-            sample_bias,
-            counts,
-            batch,
-            block,
-            key_length,
-            kv_blocks,
-            KV_BLOCK,
-            SAMPLES,
-        )
+        _store_counts(counts, count_bias, sample_bias, count, batch, block, kv_blocks, KV_BLOCK, SAMPLES, SLOTS)
         if block == 0:
             counter = tl.arange(0, COUNTERS_PADDED)
             zeros = tl.zeros([COUNTERS_PADDED], tl.int64)
@@ -210,10 +223,10 @@ def statistics_kernel(
 
 
 def empty_statistics(key: Tensor, kv_block_size: int, num_levels: int, sampled_keys: int) -> Statistics:
-    """Buffers for keys [batch, key_length, heads, head_dim]: 0.05 times K and V (half precision, 4 levels of 64)."""
+    """Buffers for keys [batch, key_length, heads, head_dim]: 0.11 times K and V (half precision, 4 levels of 64)."""
     batch, key_length, heads, head_dim = key.shape
     kv_blocks = triton.cdiv(key_length, kv_block_size)
-    blocks = (batch, heads, kv_blocks)
+    blocks, samples = (batch, heads, kv_blocks), min(sampled_keys, kv_block_size)
     # Squares of float16 overflow float16; the interpreter has no bfloat16.
     squares = torch.float32 if INTERPRETED or key.dtype == torch.float32 else torch.bfloat16
     return Statistics(
@@ -222,8 +235,9 @@ def empty_statistics(key: Tensor, kv_block_size: int, num_levels: int, sampled_k
         key_spread=key.new_empty(num_levels, *blocks, head_dim, dtype=squares),
         value_spread=key.new_empty(num_levels, *blocks, dtype=torch.float32),
         counts=key.new_empty(batch, kv_blocks, dtype=torch.int32),
-        sample_tokens=key.new_empty(batch, min(sampled_keys, kv_block_size), kv_blocks, dtype=torch.int32),
-        sample_bias=key.new_empty(batch, kv_blocks, dtype=torch.float32),
+        count_bias=key.new_empty(batch, kv_blocks, dtype=torch.float32),
+        samples=key.new_empty(batch, heads, samples, kv_blocks, head_dim),
+        sample_bias=key.new_empty(batch, samples, kv_blocks, dtype=torch.float32),
         spent=key.new_empty(batch, BIN_COUNTERS, dtype=torch.int64),
     )
 
@@ -255,7 +269,7 @@ def statistics_launch(
         "key_lengths": key_lengths,
         "draws": draws,
         **{name: getattr(statistics, name) for name in ("key_mean", "value_mean", "key_spread", "value_spread")},
-        **{name: getattr(statistics, name) for name in ("counts", "sample_tokens", "sample_bias", "spent")},
+        **{name: getattr(statistics, name) for name in ("counts", "count_bias", "samples", "sample_bias", "spent")},
         "key_strides": key.stride(),
         "value_strides": value.stride(),
         "heads": heads,
@@ -266,7 +280,8 @@ def statistics_launch(
         "BLOCK_D": min(tile.block_d, padded_head_dim(head_dim)),
         "KV_BLOCK": kv_block_size,
         "LEVELS": statistics.key_spread.shape[0],
-        "SAMPLES": statistics.sample_tokens.shape[1],
+        "SAMPLES": statistics.samples.shape[2],
+        "SLOTS": triton.next_power_of_2(statistics.samples.shape[2]),
         "COUNTERS": BIN_COUNTERS,
         "COUNTERS_PADDED": triton.next_power_of_2(BIN_COUNTERS),
     }

@@ -28,11 +28,11 @@ class Tile:
 
 
 def statistics_tile(kv_block_size: int, head_dim: int) -> StatisticsTile:
-    """Few enough numbers (64 a thread) that no target spills. Channels are independent: any split is right."""
-    return StatisticsTile(min(padded_head_dim(head_dim), max(16, 8192 // kv_block_size)), num_warps=4)
+    """Few enough numbers (128 a thread) that no target spills. Channels are independent: any split is right."""
+    return StatisticsTile(min(padded_head_dim(head_dim), max(16, 8192 // kv_block_size)), num_warps=2)
 
 
-def sampled_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
+def masses_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """Sampled queries x sampled keys, without spilled registers by ``scripts/compile_report.py``.
 
     On Hopper two programs of 4 warps fit a processor, so that the exponentials of one run under the products of the
@@ -48,6 +48,13 @@ def sampled_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     if target.startswith("sm_90"):
         return Tile(64 if wide else 128, 128, 4, 2)
     return Tile(64, 128, 8, 1 if wide else 2)
+
+
+def shares_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """Sampled queries x kv blocks whose masses are divided and averaged; the rows divide those of the masses' tile."""
+    if dtype == torch.float32:
+        return Tile(16, 32, 4, 1)
+    return Tile(64 if padded_head_dim(head_dim) <= 128 else 32, 64, 4, 1)
 
 
 def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
