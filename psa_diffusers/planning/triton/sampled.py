@@ -236,7 +236,7 @@ def shares_kernel(
     sample_block = tl.program_id(0) * BLOCKS + local // PADDED
     is_sample = (sample_block < query_blocks) & (local % PADDED < QUERY_SAMPLES)
     position = tl.load(positions + sample_block * TABLE + local % PADDED, mask=is_sample, other=-1)
-    kind = value_mean.dtype.element_ty
+    kind = masses.dtype.element_ty  # of float32's range: squares of masses are small
     of_block, per_sample = averages(position >= 0, PADDED, AVERAGES, kind)
     query_block = tl.program_id(0) * BLOCKS + tl.arange(0, AVERAGES)
     is_block = (tl.arange(0, AVERAGES) < BLOCKS) & (query_block < query_blocks)
@@ -262,7 +262,7 @@ def shares_kernel(
             mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
             other=0.0,
         )
-        mean_output = tl.dot(share.to(kind), values, mean_output, input_precision=PRECISION)
+        mean_output = tl.dot(share.to(values.dtype), values, mean_output, input_precision=PRECISION)
         pair = pair_row[:, None] * kv_blocks + block[None, :]
         mask = is_block[:, None] & inside[None, :]
         second = tl.load(attention + pair, mask=mask, other=0.0)
