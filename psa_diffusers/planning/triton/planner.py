@@ -200,7 +200,8 @@ def why_unsupported(query: Tensor, key_length: int, config: PSAConfig) -> str | 
     for name, most in MAX_SAMPLES.items():
         if getattr(config, name) > most:
             return f"{name} must be at most {most}, but is {getattr(config, name)}"
-    pairs = query.shape[2] * -(-query.shape[1] // config.query_block_size) * -(-key_length // config.kv_block_size)
-    if pairs >= 2**31:
-        return f"a sample must have fewer than 2**31 block pairs, but has {pairs}"
+    blocks = -(-query.shape[1] // config.query_block_size) * -(-key_length // config.kv_block_size)
+    prices = query.shape[0] * query.shape[2] * blocks * config.num_levels
+    if prices >= 2**31:
+        return f"block pairs times num_levels must be below 2**31, but are {prices}"
     return None

@@ -184,15 +184,22 @@ def prices_kernel(
     if counts is not None:
         count = tl.load(counts + batch * kv_blocks + block, mask=is_column, other=1)
         sentinel = tl.where((count == 0)[None, :], UNCOUNTED, sentinel)
-    free = is_pair & (sentinel == 0)
+    for step in tl.static_range(1, LEVELS + 1):
+        price = tl.where(sentinel == 0, _price(rungs, step, COSTS, LEVELS), sentinel)
+        tl.store(prices + (step - 1) * pairs_of_all_heads + pair, price.to(tl.int16), mask=is_pair)
+
+    # Counted from memory: there a pair is one thread's, while a matrix unit's tile may be held by several.
+    tl.debug_barrier()
+    place = tl.arange(0, BLOCK_M * BLOCK_N)
+    query_block = first_query + place // BLOCK_N
+    block = tl.program_id(0) * BLOCK_N + place % BLOCK_N
+    is_pair = (query_block < query_blocks) & (block < kv_blocks)
+    pair = (both * query_blocks + query_block) * kv_blocks + block
     paid = tl.zeros([OCTAVES], tl.int32)
     for step in tl.static_range(1, LEVELS + 1):
-        price = _price(rungs, step, COSTS, LEVELS)
-        # Not by a mask: the tile and its mask may be reshaped in different orders. No price is in the last octave.
-        octave = tl.reshape(tl.where(free, price >> LOG_BINS, OCTAVES - 1), [BLOCK_M * BLOCK_N])
+        price = tl.load(prices + (step - 1) * pairs_of_all_heads + pair, mask=is_pair, other=FULL).to(tl.int32)
+        octave = tl.where(price >= 0, price >> LOG_BINS, OCTAVES - 1)  # no price is in the last octave
         paid += tl.histogram(octave, OCTAVES).to(tl.int32) * (COSTS[step] - COSTS[step - 1])
-        price = tl.where(sentinel == 0, price, sentinel)
-        tl.store(prices + (step - 1) * pairs_of_all_heads + pair, price.to(tl.int16), mask=is_pair)
     octave = tl.arange(0, OCTAVES)
     counter = spent + batch * COUNTERS + octave
     tl.atomic_add(counter, paid.to(tl.int64), mask=(paid > 0) & (octave < OCTAVES - 1), sem="relaxed")
