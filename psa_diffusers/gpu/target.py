@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from .sizes import next_power_of_2
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
@@ -14,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when t
 
 def padded_head_dim(head_dim: int) -> int:
     """Channels of a tile: the next power of two, at least the 16 that a matrix unit takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, next_power_of_2(head_dim))
 
 
 def target_of(device: torch.device) -> str:

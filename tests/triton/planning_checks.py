@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,32 +11,18 @@ from torch import Tensor
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.planning.blocks import Layout
+from psa_diffusers.planning.triton import planner, spending
 from psa_diffusers.planning.triton import prices as prices_file
-from psa_diffusers.planning.triton import spending
-from psa_diffusers.planning.triton.planner import empty_buffers, launches
-from psa_diffusers.planning.triton.samples import key_draws, query_positions
-from psa_diffusers.planning.triton.statistics import Statistics, empty_statistics, statistics_launch
+from psa_diffusers.planning.triton.statistics import Statistics
 
 
-@dataclass(frozen=True)
-class Stages:
+class Stages(NamedTuple):
     """Everything that one plan leaves behind."""
 
     statistics: Statistics
     second: Tensor  # the second estimate of the energy, before it is overwritten
-    buffers: object
-
-
-def run_statistics(
-    key: Tensor, value: Tensor, config: PSAConfig, order: Tensor | None, key_lengths: Tensor | None
-) -> Statistics:
-    statistics = empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
-    _poison(statistics)
-    samples = min(config.sampled_keys, config.kv_block_size)
-    draws = key_draws(config.seed, statistics.counts.shape[1], config.kv_block_size, samples, key.device)
-    sizes = {"kv_block_size": config.kv_block_size}
-    statistics_launch(key, value, statistics, draws, order=order, key_lengths=key_lengths, **sizes).run()
-    return statistics
+    estimates: planner.Estimates
+    choices: planner.Choices
 
 
 def run_stages(
@@ -48,21 +33,26 @@ def run_stages(
     order: Tensor | None,
     key_lengths: Tensor | None,
     scale: float,
+    masses_bytes: int,
 ) -> Stages:
-    """All launches, one by one; every buffer starts as garbage."""
-    statistics = run_statistics(key, value, config, order, key_lengths)
-    samples = min(config.sampled_queries, config.query_block_size)
-    drawn = min(2 * config.sampled_queries, config.query_block_size)
-    sizes = (query.shape[1], config.query_block_size, samples, drawn, query.device)
-    positions = query_positions(config.seed, *sizes)
-    buffers = empty_buffers(query, positions, statistics)
-    _poison(tuple(getattr(buffers, field.name) for field in dataclasses.fields(buffers)))
-    layout, second = Layout(order, None, None, 0), None
-    padded = key_lengths is not None
-    for launch in launches(query, key, config, layout, positions, statistics, buffers, scale=scale, is_padded=padded):
+    """All launches, one by one, over buffers that start as garbage; the masses take ``masses_bytes`` at a time."""
+    before, planner.MASSES_BYTES = planner.MASSES_BYTES, masses_bytes
+    statistics = planner.run_statistics(key, value, config, order, key_lengths)
+    positions = planner.sampled_positions(query, config)
+    estimates = planner.empty_estimates(query, positions, statistics)
+    _poison(estimates)
+    full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
+    inputs, second = (query, config, order, positions, statistics, estimates), None
+    for launch in planner.estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target="cpu"):
         launch.run()
-        second = buffers.attention.clone() if second is None else second
-    return Stages(statistics, second, buffers)
+        second = estimates.attention.clone() if second is None else second
+    planner.MASSES_BYTES = before
+    choices = planner.empty_choices(estimates, config.num_levels)
+    _poison(choices)
+    chosen = (config, Layout(order, None, None, 0), statistics, estimates, choices)
+    for launch in planner.choice_launches(*chosen, is_padded=key_lengths is not None, target="cpu"):
+        launch.run()
+    return Stages(statistics, second, estimates, choices)
 
 
 def _poison(tensors: tuple[Tensor, ...]) -> None:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import padded_head_dim
 from .samples import add_to_softmax, averages, log_of_sum, sampled_rows
 from .statistics import Statistics
@@ -181,7 +182,7 @@ def centroid_launch(
     batch, _, heads, head_dim = query.shape
     query_blocks, samples = positions.shape
     kv_blocks = energy.shape[3]
-    padded = triton.next_power_of_2(samples)
+    padded = next_power_of_2(samples)
     tile = centroid_tile(target, head_dim, query.dtype)
     block_m = max(tile.block_m, padded)
     arguments = {
@@ -208,5 +209,5 @@ def centroid_launch(
         "LOG_KV_BLOCK": kv_block_size.bit_length() - 1,
         "PRECISION": precision_of(target, query.dtype),
     }
-    grid = (triton.cdiv(query_blocks, block_m // padded), heads, batch)
+    grid = (ceil_div(query_blocks, block_m // padded), heads, batch)
     return KernelLaunch(centroids_kernel, grid, arguments, tile.num_warps, tile.num_stages)

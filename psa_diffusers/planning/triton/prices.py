@@ -11,12 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div
 from ...gpu.target import padded_head_dim
 from ..errors import COHERENCE
 from .spending import FULL, LOG_BINS, OCTAVES, UNCOUNTED
 from .statistics import Statistics
 from .tiles import precision_of, prices_tile
 
+PRICES_DEPTH = 32
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 FORBIDDEN = tl.constexpr(1e30)
 
@@ -207,9 +209,9 @@ def prices_kernel(
 
 def prices_launch(
     attention: Tensor,
+    features: Tensor,
     output: Tensor,
     output_power: Tensor,
-    features: Tensor,
     statistics: Statistics,
     full: tuple[Tensor | None, Tensor | None],
     prices: Tensor,
@@ -256,12 +258,12 @@ def prices_launch(
         "COHERENCE": COHERENCE,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "DEPTH": min(32, padded_head_dim(head_dim)),
+        "DEPTH": min(PRICES_DEPTH, padded_head_dim(head_dim)),
         "OCTAVES": OCTAVES,
         "COUNTERS": statistics.spent.shape[1],
         "FULL": FULL,
         "UNCOUNTED": UNCOUNTED,
         "PRECISION": precision_of(target, output.dtype),
     }
-    grid = (triton.cdiv(kv_blocks, tile.block_n), triton.cdiv(query_blocks, tile.block_m), batch * heads)
+    grid = (ceil_div(kv_blocks, tile.block_n), ceil_div(query_blocks, tile.block_m), batch * heads)
     return KernelLaunch(prices_kernel, grid, arguments, tile.num_warps, tile.num_stages)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import INTERPRETED, padded_head_dim
 from ..errors import SHRINKAGE
 from .samples import averages, log_of_sum, sampled_rows
@@ -298,17 +299,17 @@ class MassesLayout:
 def masses_layout(query: Tensor, query_blocks: int, samples: int, statistics: Statistics, target: str) -> MassesLayout:
     """For queries [batch, query_length, heads, head_dim] of so many blocks, ``samples`` of each."""
     tile = masses_tile(target, query.shape[3], query.dtype)
-    padded = triton.next_power_of_2(samples)
+    padded = next_power_of_2(samples)
     block_m = max(tile.block_m, padded)
-    key_samples = triton.next_power_of_2(statistics.samples.shape[2])
+    key_samples = next_power_of_2(statistics.samples.shape[2])
     blocks_n = max(1, tile.block_n // key_samples)
     return MassesLayout(
         padded=padded,
-        rows=triton.cdiv(query_blocks * padded, block_m) * block_m,
+        rows=ceil_div(query_blocks * padded, block_m) * block_m,
         block_m=block_m,
         block_n=blocks_n * key_samples,
         blocks_n=blocks_n,
-        tiles=triton.cdiv(statistics.counts.shape[1], blocks_n),
+        tiles=ceil_div(statistics.counts.shape[1], blocks_n),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

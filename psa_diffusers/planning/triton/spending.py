@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div, next_power_of_2
 
 # A price is the leading 16 bits of a float32: 8 of exponent (an octave) and 7 of mantissa (a bin in it).
 OCTAVES = 256
@@ -192,9 +193,9 @@ def levels_kernel(
 
 def chunks_of(pairs: int) -> tuple[int, int]:
     """How many chunks a sample's pairs are cut into, and how many tiles each one has."""
-    tiles = triton.cdiv(pairs, TILE)
-    chunk_tiles = triton.cdiv(tiles, MAX_CHUNKS)
-    return triton.cdiv(tiles, chunk_tiles), chunk_tiles
+    tiles = ceil_div(pairs, TILE)
+    chunk_tiles = ceil_div(tiles, MAX_CHUNKS)
+    return ceil_div(tiles, chunk_tiles), chunk_tiles
 
 
 def bins_launch(
@@ -233,7 +234,7 @@ def levels_launch(
 ) -> KernelLaunch:
     """The launch that fills ``levels`` int8 [batch, heads, query_blocks, kv_blocks]; after that of the bins."""
     arguments = _arguments(prices, counts, full, spent, spent_by_chunk, costs, compute_budget)
-    arguments |= {"levels": levels, "CHUNKS": triton.next_power_of_2(spent_by_chunk.shape[2])}
+    arguments |= {"levels": levels, "CHUNKS": next_power_of_2(spent_by_chunk.shape[2])}
     return KernelLaunch(levels_kernel, _grid(spent_by_chunk), arguments, num_warps=8)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import INTERPRETED, padded_head_dim
 from .spending import BIN_COUNTERS
 from .tiles import statistics_tile
@@ -225,7 +226,7 @@ def statistics_kernel(
 def empty_statistics(key: Tensor, kv_block_size: int, num_levels: int, sampled_keys: int) -> Statistics:
     """Buffers for keys [batch, key_length, heads, head_dim]: 0.11 times K and V (half precision, 4 levels of 64)."""
     batch, key_length, heads, head_dim = key.shape
-    kv_blocks = triton.cdiv(key_length, kv_block_size)
+    kv_blocks = ceil_div(key_length, kv_block_size)
     blocks, samples = (batch, heads, kv_blocks), min(sampled_keys, kv_block_size)
     # Squares of float16 overflow float16; the interpreter has no bfloat16.
     squares = torch.float32 if INTERPRETED or key.dtype == torch.float32 else torch.bfloat16
@@ -281,8 +282,8 @@ def statistics_launch(
         "KV_BLOCK": kv_block_size,
         "LEVELS": statistics.key_spread.shape[0],
         "SAMPLES": statistics.samples.shape[2],
-        "SLOTS": triton.next_power_of_2(statistics.samples.shape[2]),
+        "SLOTS": next_power_of_2(statistics.samples.shape[2]),
         "COUNTERS": BIN_COUNTERS,
-        "COUNTERS_PADDED": triton.next_power_of_2(BIN_COUNTERS),
+        "COUNTERS_PADDED": next_power_of_2(BIN_COUNTERS),
     }
     return KernelLaunch(statistics_kernel, (heads, kv_blocks, batch), arguments, tile.num_warps)

@@ -29,7 +29,7 @@ class Tile:
 
 def statistics_tile(kv_block_size: int, head_dim: int) -> StatisticsTile:
     """Few enough numbers (128 a thread) that no target spills. Channels are independent: any split is right."""
-    return StatisticsTile(min(padded_head_dim(head_dim), max(16, 8192 // kv_block_size)), num_warps=2)
+    return StatisticsTile(min(padded_head_dim(head_dim), max(16, 4096 // kv_block_size)), num_warps=1)
 
 
 def masses_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -54,7 +54,7 @@ def shares_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """Sampled queries x kv blocks whose masses are divided and averaged; the rows divide those of the masses' tile."""
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1)
-    return Tile(64 if padded_head_dim(head_dim) <= 128 else 32, 64, 4, 1)
+    return Tile(64, 32, 4, 1)
 
 
 def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -64,6 +64,8 @@ def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(32, 16, 8, 1)
     if target.startswith("gfx"):
         return Tile(64, 64, 8, 1)
+    if target.startswith("sm_90"):
+        return Tile(64, 64, 8, 2) if wide else Tile(128, 64, 4, 1)
     if has_large_shared_memory(target):
         return Tile(64 if wide else 128, 64, 8, 2)
     return Tile(64, 32, 4, 1) if wide else Tile(64, 64, 8, 2)
@@ -75,7 +77,7 @@ def prices_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(64, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1)
-    return Tile(64, 32, 8, 1) if has_large_shared_memory(target) else Tile(32, 32, 4, 1)
+    return Tile(32, 32, 4, 1) if has_large_shared_memory(target) else Tile(16, 32, 4, 1)
 
 
 def precision_of(target: str, dtype: torch.dtype) -> str:
