@@ -30,6 +30,7 @@ class PSAStatistics:
         steps: (index, total, "dense", "sparse" or "skipped") of each denoising step; sparse if any of its calls was,
             skipped if a cache (``enable_cache``) made every call unnecessary.
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
+        planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
     """
 
@@ -43,6 +44,8 @@ class PSAStatistics:
         self.steps: list[tuple[int, int, str]] = []
         self.backend: str | None = None
         self.backend_reason: str | None = None
+        self.planner: str | None = None
+        self.planner_reason: str | None = None
         self.notes: list[str] = []
         self._budget_sum: torch.Tensor | float = 0.0
         self._seconds = {"planning": 0.0, "attention": 0.0}
@@ -63,6 +66,8 @@ class PSAStatistics:
     def count_sparse(self, plan: Plan, heads_group: Any | None = None) -> None:
         """``heads_group``: the processes that hold the layer's other heads, whose costs count too."""
         self.sparse_calls += 1
+        if self.planner is None:
+            self.planner, self.planner_reason = plan.planner, plan.planner_reason
         cost = plan.mean_cost()
         if heads_group is not None:
             cost = mean_over_heads(cost, plan.level_mask.shape[1], heads_group)
@@ -140,7 +145,8 @@ class PSAStatistics:
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain values, ready for JSON."""
         names = (
-            *("sparse_calls", "dense_calls", "dense_reasons", "backend", "backend_reason"),
+            *("sparse_calls", "dense_calls", "dense_reasons"),
+            *("backend", "backend_reason", "planner", "planner_reason"),
             *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
         )
         values: dict[str, Any] = {name: getattr(self, name) for name in names}

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel_launch import KernelLaunch
+from ...gpu.addressing import strided_pointers
+from ...gpu.kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .tiles import pyramid_tile
 
@@ -23,13 +24,6 @@ class Pyramid(NamedTuple):
     variance: (
         Tensor | None
     )  # [batch, heads, rows, head_dim]: variance of each channel of a row's keys; None unless asked
-
-
-@triton.jit
-def strided_pointers(base, strides, batch, head, token, channel):
-    """Where tokens of one head lie in a [batch, seq, heads, head_dim] tensor of any strides, [tokens, channels]."""
-    base += batch * strides[0] + head * strides[2]
-    return base + token[:, None] * strides[1] + channel.to(tl.int64)[None, :] * strides[3]
 
 
 @triton.jit
