@@ -6,12 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...gpu.addressing import strided_pointers
+from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.target import padded_head_dim
 from .covariance import Covariance
-from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
-from .pyramid import Pyramid, strided_pointers
+from .pyramid import Pyramid
 from .read_lists import ReadLists
-from .tiles import attention_tile, padded_head_dim
+from .tiles import attention_tile
 
 
 @triton.jit

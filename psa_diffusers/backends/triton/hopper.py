@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ...gpu.kernel_launch import KernelLaunch
 from .covariance import Covariance
-from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .pyramid import Pyramid, pools_whole_blocks
 from .read_lists import ReadLists

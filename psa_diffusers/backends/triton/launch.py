@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ...gpu.target import target_of, tensor_obstacle
 from ...planning.plan import Plan
 from . import hopper
 from .attention import attention_launch
@@ -17,11 +17,7 @@ from .covariance import blocks_read_by_all, build_covariance
 from .layout import PyramidLayout
 from .pyramid import build_pyramid
 from .read_lists import ReadLists, read_lists
-from .tiles import target_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
 GROUP_BLOCKS = 4096  # query blocks of a group of heads, at least: 30 a processor of a large GPU
 MAX_GROUPS = 4  # a sample
 MAX_KV_BLOCK_SIZE = 1024  # one program of the pyramid kernel holds a block
@@ -194,18 +190,8 @@ def _empty_result(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
     """Why these kernels cannot compute this, as a clause for a message; None if they can."""
-    if query.device.type != "cuda" and not (query.device.type == "cpu" and INTERPRETED):
-        return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
-    if query.device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_properties(query.device)
-        if capability.major < 8:
-            return f"the GPU must have compute capability 8.0 or newer, but has {capability.major}.{capability.minor}"
-    if query.dtype not in DTYPES:
-        return f"dtype must be float32, float16 or bfloat16, but is {query.dtype}"
-    if query.dtype == torch.bfloat16 and INTERPRETED:
-        return "Triton's interpreter does not compute in bfloat16"
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim must be at most {MAX_HEAD_DIM}, but is {query.shape[-1]}"
+    if obstacle := tensor_obstacle(query):
+        return obstacle
     if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
         return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
     return None

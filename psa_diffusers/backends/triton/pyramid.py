@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel_launch import KernelLaunch
+from ...gpu.addressing import strided_pointers
+from ...gpu.kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .tiles import pyramid_tile
 
@@ -42,12 +43,6 @@ class Pyramid(NamedTuple):
 
 
 @triton.jit
-def strided_pointers(base, strides, batch, head, token, channel):
-    """Where tokens of one head lie in a [batch, seq, heads, head_dim] tensor of any strides, [tokens, channels]."""
-    base += batch * strides[0] + head * strides[2]
-    return base + token[:, None] * strides[1] + channel.to(tl.int64)[None, :] * strides[3]
-
-
 # A block's rows are held as PARTS tiles [GROUPS, BD], row r in tile r % PARTS: rows that pool together are in different
 # tiles, at the same place, so that pooling is arithmetic between registers, and all loads are under way at once.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
+
+from ...gpu.target import padded_head_dim
 
 LIST_CHUNK = 1024  # level mask entries that the list kernel compacts at a time
+ORDER_TILE = (32, 128)  # rows that the launch order kernel places, x rows that it compares them with, at a time
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,3 @@ def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
     if dtype == torch.float32:
         return CovarianceTile(min(padded_head_dim(head_dim), 64), 16, 8, 1)
     return CovarianceTile(min(padded_head_dim(head_dim), 128), 32, 8, 3)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Channels of a tile: the next power of two, at least the 16 that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def target_of(device: torch.device) -> str:
-    """The target of a device as the tile table names it; "cpu" under the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
