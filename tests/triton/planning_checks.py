@@ -37,7 +37,7 @@ def run_stages(
 ) -> Stages:
     """All launches, one by one, over buffers that start as garbage; the masses take ``masses_bytes`` at a time."""
     before, planner.MASSES_BYTES = planner.MASSES_BYTES, masses_bytes
-    statistics = planner.run_statistics(key, value, config, order, key_lengths)
+    statistics = planner.run_statistics(key, value, config, order, key_lengths, "cpu")
     positions = planner.sampled_positions(query, config)
     estimates = planner.empty_estimates(query, positions, statistics)
     _poison(estimates)

@@ -63,7 +63,7 @@ def plan_levels(
     """
     target = target_of(query.device)
     positions = sampled_positions(query, config)
-    statistics = run_statistics(key, value, config, layout.order, key_lengths)
+    statistics = run_statistics(key, value, config, layout.order, key_lengths, target)
     # Padding may lie anywhere in the block order; without it the last block alone may be short.
     full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
     estimates = empty_estimates(query, positions, statistics)
@@ -85,13 +85,13 @@ def sampled_positions(query: Tensor, config: PSAConfig) -> Tensor:
 
 
 def run_statistics(
-    key: Tensor, value: Tensor, config: PSAConfig, order: Tensor | None, key_lengths: Tensor | None
+    key: Tensor, value: Tensor, config: PSAConfig, order: Tensor | None, key_lengths: Tensor | None, target: str
 ) -> Statistics:
     """Statistics of keys and values [batch, key_length, heads, head_dim]."""
     size = config.kv_block_size
     statistics = empty_statistics(key, size, config.num_levels, config.sampled_keys)
     draws = key_draws(config.seed, statistics.counts.shape[1], size, min(config.sampled_keys, size), key.device)
-    where = {"order": order, "key_lengths": key_lengths}
+    where = {"order": order, "key_lengths": key_lengths, "target": target}
     statistics_launch(key, value, statistics, draws, kv_block_size=size, **where).run()
     return statistics
 

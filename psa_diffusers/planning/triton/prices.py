@@ -18,7 +18,7 @@ from .spending import FULL, LOG_BINS, OCTAVES, UNCOUNTED
 from .statistics import Statistics
 from .tiles import precision_of, prices_tile
 
-PRICES_DEPTH = 32
+DEPTH = 32  # channels of a product that are held at a time
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 FORBIDDEN = tl.constexpr(1e30)
 
@@ -258,7 +258,7 @@ def prices_launch(
         "COHERENCE": COHERENCE,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "DEPTH": min(PRICES_DEPTH, padded_head_dim(head_dim)),
+        "DEPTH": min(DEPTH, padded_head_dim(head_dim)),
         "OCTAVES": OCTAVES,
         "COUNTERS": statistics.spent.shape[1],
         "FULL": FULL,
