@@ -29,7 +29,6 @@ from psa_diffusers.gpu.target import target_of
 from psa_diffusers.planning import build_plan
 from psa_diffusers.planning.blocks import make_layout
 from psa_diffusers.planning.triton import planner
-from psa_diffusers.planning.triton.samples import key_draws
 from psa_diffusers.planning.triton.statistics import statistics_launch
 
 GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32), 16384: (16, 32, 32), 32768: (32, 32, 32), 75600: (21, 45, 80)}
@@ -89,11 +88,11 @@ def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, gr
     target, sizes = target_of(query.device), (config.query_block_size, config.kv_block_size)
     where = {"curve": config.order, "grid": grid, "full_tokens": None, "device": query.device}
     layout = make_layout(query.shape[1], key.shape[1], *sizes, **where)
-    made = planner.run_statistics(key, value, config, layout.order, None, target)
+    made = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
     positions = planner.sampled_positions(query, config)
     estimates = planner.empty_estimates(query, positions, made)
     choices = planner.empty_choices(estimates, config.num_levels)
-    draws = key_draws(config.seed, made.counts.shape[1], config.kv_block_size, config.sampled_keys, key.device)
+    draws = planner.sampled_draws(key, config)
     places = {"order": layout.order, "key_lengths": None, "kv_block_size": config.kv_block_size, "target": target}
     launches = [statistics_launch(key, value, made, draws, **places)]
     inputs = (query, config, layout.order, positions, made, estimates)
