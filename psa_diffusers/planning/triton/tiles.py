@@ -58,7 +58,7 @@ def shares_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """Sampled queries x kv blocks whose masses are divided and averaged; the rows divide those of the masses' tile."""
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1)
-    return Tile(64, 32, 4, 3 if target.startswith("sm_90") else 1)
+    return Tile(64, 32, 4, 3) if target.startswith("sm_90") else Tile(64, 32, 8, 1)
 
 
 def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
