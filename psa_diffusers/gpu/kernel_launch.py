@@ -10,6 +10,7 @@ import torch
 
 # Compiled kernels by all that Triton chooses them by. Its own look-up takes longer than small kernels run.
 _COMPILED: dict[tuple, Any] = {}
+_PLAIN = (torch.Tensor, int, float, bool, str, tuple, type(None))
 _MOST_COMPILED = 4096  # by then shapes change at every call, and keeping them is of no use
 
 
@@ -43,6 +44,9 @@ class KernelLaunch:
 
     def _launch(self, device: torch.device) -> Any:
         values = [self.arguments[name] for name in self.kernel.arg_names]
+        if not all(isinstance(value, _PLAIN) for value in values):  # descriptors of tensors, which cannot be a key
+            self.kernel[self.grid](**self.arguments, **self.options)
+            return
         key = (self.kernel, device.index, self.num_warps, self.num_stages, *map(_traits, values))
         compiled = _COMPILED.get(key)
         if compiled is not None:

@@ -46,6 +46,7 @@ def build_plan(
     full_tokens: slice | Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
+    heads_group: Any | None = None,
 ) -> Plan:
     """Choose the level at which every block of queries reads every block of keys (paper section 3).
 
@@ -60,6 +61,9 @@ def build_plan(
         key_lengths: int [batch]; keys from that raster position on are padding. They count for nothing here, not even
             if they are NaN; a block of nothing else is level 0.
         scale: Factor on the logits; None = 1 / sqrt(head_dim).
+        heads_group: The ``torch.distributed`` group of the processes that each hold some of the layer's heads, lower
+            ranks the earlier ones, over the full sequence. All of them call this at the same time, and their plans
+            together are the plan of one process with all heads. None = all heads are here.
 
     Returns:
         The plan. The same inputs and ``config.seed`` give the same plan to the bit; a sample's plan does not depend on
@@ -89,8 +93,8 @@ def build_plan(
         full_tokens=full,
         device=device,
     )
-    planner, reason = choose_planner(query, key_length, config)
-    levels = _PLANNERS[planner](query, key, value, config, layout, lengths, scale)
+    planner, reason = choose_planner(query, key_length, config, heads_group)
+    levels = _PLANNERS[planner](query, key, value, config, layout, lengths, scale, heads_group)
     return Plan(
         level_mask=levels,
         query_length=query_length,
@@ -126,10 +130,10 @@ def _torch_levels(*arguments: Any) -> Tensor:
 
 
 def _triton_levels(*arguments: Any) -> Tensor:
-    """The same by fused GPU kernels."""
+    """The same by fused GPU kernels, which have all heads here."""
     from .triton import plan_levels
 
-    return plan_levels(*arguments)
+    return plan_levels(*arguments[:-1])
 
 
 _PLANNERS = {"torch": _torch_levels, "triton": _triton_levels}
@@ -147,10 +151,11 @@ class _Planner:
         layout: Layout,
         lengths: Tensor | None,
         scale: float,
+        heads_group: Any | None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.config, self.layout, self.scale = config, layout, scale
-        self.lengths = lengths
+        self.lengths, self.heads_group = lengths, heads_group
         self.real = None
         self.counted = None
         if lengths is not None:
@@ -204,12 +209,13 @@ class _Planner:
                 second[:, heads],
                 samples.of_heads(heads),
                 spread.of_heads(heads),
+                self.layout.full_query_blocks,
                 scale=self.scale,
             )
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
         prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
-        return spend(prices, config.compute_budget, config.kv_block_size, limits)
+        return spend(prices, config.compute_budget, config.kv_block_size, limits, self.heads_group)
 
     def _query_samples(self) -> Samples:
         config = self.config

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,12 @@ from torch import Tensor
 from ..config import PSAConfig
 
 
-def choose_planner(query: Tensor, key_length: int, config: PSAConfig) -> tuple[str, str]:
+def choose_planner(
+    query: Tensor, key_length: int, config: PSAConfig, heads_group: Any | None = None
+) -> tuple[str, str]:
     """The planner for these queries [batch, seq, heads, head_dim], and why: (name, a sentence for reports)."""
+    if heads_group is not None:
+        return "torch", "The planning kernels are not used: other processes hold heads of the layer."
     if config.backend in ("torch", "reference"):
         return "torch", f"The config asks for backend {config.backend!r}."
     obstacle = planner_obstacle(query, key_length, config)

@@ -17,7 +17,7 @@ from .pyramid import Pyramid
 from .tiles import covariance_tile
 
 SLAB = 16  # rows of a matrix that the finishing kernel holds at a time
-PROGRAMS = 512  # a level: enough to fill a GPU, few enough that their partial sums cost little
+PROGRAMS = 256  # a level: enough to fill a GPU, few enough that their partial sums take little time and memory
 
 
 class Covariance(NamedTuple):

@@ -91,9 +91,9 @@ def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
 
 
 def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False) -> PyramidTile:
-    """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
-    numbers = 4096 if with_variance else 8192
-    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
+    """Few enough numbers (16 or 64 a thread) that no target spills. Channels are independent: any split is right."""
+    numbers = 2048 if with_variance else 8192
+    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=4)
 
 
 def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
