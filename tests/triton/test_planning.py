@@ -270,6 +270,23 @@ def test_whole_plan(interpreter, case, options):
         assert plan.compute_budget >= 0.98 * case.config.compute_budget
 
 
+def test_a_second_call_takes_its_own_tensors(interpreter):
+    """Launches are remembered by shape: the values, the padding and what is one tensor may be others each time."""
+    config = PSAConfig(**SMALL)
+    query, key, value, _, _ = inputs_of(Case((2, 5, 9), batch=2, heads=1))
+    calls = [
+        ((query, key, value), [90, 61]),
+        ((value, query, key), [33, 90]),
+        ((query, query, query), [90, 61]),
+        ((query, key, value), None),
+        ((key, value, query), None),
+    ]
+    for tensors, lengths in calls:
+        found = interpreter.call(CHECKS, "plan", *tensors, config, key_lengths=lengths).level_mask
+        expected = build_plan(*tensors, config, key_lengths=lengths).level_mask
+        assert (found == expected).double().mean() >= 0.99
+
+
 def test_strides_do_not_matter(interpreter):
     query, key, value, _, _ = inputs_of(Case((3, 7, 9)))
     variants = [
