@@ -205,7 +205,8 @@ def _send_query_tile(
     biases,
     sent,
     tile,
-    sources,
+    boxes,
+    first_row,
     covariance,
     work,
     lists,
@@ -228,7 +229,7 @@ def _send_query_tile(
     head = row // work.query_blocks - work.first_head
     counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
     blocks = lists.blocks + row.to(gl.int64) * kv_blocks
-    head_row = head * packed_rows
+    head_row = first_row + head * packed_rows
     bias += (head // work.heads).to(gl.int64) * packed_rows
     stop = sent + _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
     section = 0
@@ -238,7 +239,7 @@ def _send_query_tile(
             ring,
             biases,
             sent,
-            sources[level],
+            boxes[level],
             blocks,
             count,
             section,
@@ -256,7 +257,7 @@ def _send_query_tile(
         biases,
         sent,
         stop - sent,
-        sources[0],
+        boxes[0],
         lists.levels + row.to(gl.int64) * kv_blocks,
         kv_blocks,
         section,
@@ -280,7 +281,7 @@ def _key_producer(
     taken,
     ring,
     biases,
-    sources,
+    boxes,
     work,
     lists,
     bias,
@@ -304,7 +305,8 @@ def _key_producer(
             biases,
             sent,
             tile,
-            sources,
+            boxes,
+            0,
             None,
             work,
             lists,
@@ -327,7 +329,8 @@ def _key_producer(
 def _value_producer(
     turns,
     ring,
-    sources,
+    boxes,
+    first_row,
     covariance,
     work,
     lists,
@@ -351,7 +354,8 @@ def _value_producer(
             None,
             sent,
             tile,
-            sources,
+            boxes,
+            first_row,
             covariance,
             work,
             lists,
@@ -591,14 +595,10 @@ def _ring(source, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit(do_not_specialize=["first_head"])
 def hopper_attention_kernel(
     query,
-    keys_1,
-    keys_2,
-    keys_3,
-    keys_4,
-    values_1,
-    values_2,
-    values_3,
-    values_4,
+    boxes_1,
+    boxes_2,
+    boxes_3,
+    boxes_4,
     covariance,
     covariance_factors,
     bias,
@@ -621,6 +621,7 @@ def hopper_attention_kernel(
     query_blocks,
     kv_blocks,
     packed_rows,
+    first_value_row,
     empty_row,
     D: gl.constexpr,
     QUERY_BLOCK: gl.constexpr,
@@ -631,14 +632,14 @@ def hopper_attention_kernel(
 ):
     """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
-    ``keys_1`` to ``keys_4`` describe the packed keys in boxes of a block's rows at each level, ``values_1`` to
-    ``values_4`` the values, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold
-    ``heads`` heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
+    ``boxes_1`` to ``boxes_4`` describe the packed keys and values [rows of all heads, D] in boxes of a block's rows at
+    each level, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold ``heads`` heads a
+    sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
     """
     HALF: gl.constexpr = 64
-    rows = gl.allocate_shared_memory(keys_1.dtype, [2, HALF, D], keys_1.layout)
-    keys = _ring(keys_1, D, BLOCK_N, STAGES)
-    values = _ring(values_1, D, BLOCK_N, STAGES)
+    rows = gl.allocate_shared_memory(boxes_1.dtype, [2, HALF, D], boxes_1.layout)
+    keys = _ring(boxes_1, D, BLOCK_N, STAGES)
+    values = _ring(boxes_1, D, BLOCK_N, STAGES)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turns = Turns(
         gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
@@ -707,7 +708,7 @@ def hopper_attention_kernel(
                     taken,
                     keys,
                     biases,
-                    (keys_1, keys_2, keys_3, keys_4),
+                    (boxes_1, boxes_2, boxes_3, boxes_4),
                     work,
                     lists,
                     bias,
@@ -726,7 +727,8 @@ def hopper_attention_kernel(
                 (
                     turns,
                     values,
-                    (values_1, values_2, values_3, values_4),
+                    (boxes_1, boxes_2, boxes_3, boxes_4),
+                    first_value_row,
                     covariance,
                     work,
                     lists,
@@ -743,5 +745,5 @@ def hopper_attention_kernel(
             ),
         ],
         [4, 1, 1],
-        [232, 40, 40],
+        [224, 56, 56],
     )
