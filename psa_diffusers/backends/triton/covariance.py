@@ -251,7 +251,7 @@ def covariance_launch(pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, 
         "PRECISION": "ieee",
     }
     grid = (partial.shape[0], layout.num_levels * (partial.shape[-1] // tile.channels) ** 2, batch * heads)
-    return KernelLaunch(covariance_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    return KernelLaunch(covariance_kernel, grid, arguments, tile.num_warps)
 
 
 def covariance_finish_launch(

@@ -90,7 +90,8 @@ def hopper_attention_launch(
     tiles = batch * heads * query_blocks * (query_block_size // 128)
     arguments = {
         "query": query,
-        **{f"boxes_{level}": _boxes(pyramid.packed, size) for level, size in enumerate(rows, start=1)},
+        **{f"keys_{level}": _boxes(pyramid.key, size) for level, size in enumerate(rows, start=1)},
+        **{f"values_{level}": _boxes(pyramid.value, size) for level, size in enumerate(rows, start=1)},
         "covariance": covariance and _boxes(covariance.matrix, head_dim),
         "covariance_factors": covariance and covariance.factors,
         "bias": pyramid.bias,
@@ -113,7 +114,6 @@ def hopper_attention_launch(
         "query_blocks": query_blocks,
         "kv_blocks": layout.kv_blocks,
         "packed_rows": layout.rows,
-        "first_value_row": batch * heads * layout.rows,
         "empty_row": layout.empty_row,
         "D": head_dim,
         "QUERY_BLOCK": query_block_size,

@@ -205,8 +205,7 @@ def _send_query_tile(
     biases,
     sent,
     tile,
-    boxes,
-    first_row,
+    sources,
     covariance,
     work,
     lists,
@@ -229,7 +228,7 @@ def _send_query_tile(
     head = row // work.query_blocks - work.first_head
     counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
     blocks = lists.blocks + row.to(gl.int64) * kv_blocks
-    head_row = first_row + head * packed_rows
+    head_row = head * packed_rows
     bias += (head // work.heads).to(gl.int64) * packed_rows
     stop = sent + _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
     section = 0
@@ -239,7 +238,7 @@ def _send_query_tile(
             ring,
             biases,
             sent,
-            boxes[level],
+            sources[level],
             blocks,
             count,
             section,
@@ -257,7 +256,7 @@ def _send_query_tile(
         biases,
         sent,
         stop - sent,
-        boxes[0],
+        sources[0],
         lists.levels + row.to(gl.int64) * kv_blocks,
         kv_blocks,
         section,
@@ -281,7 +280,7 @@ def _key_producer(
     taken,
     ring,
     biases,
-    boxes,
+    sources,
     work,
     lists,
     bias,
@@ -305,8 +304,7 @@ def _key_producer(
             biases,
             sent,
             tile,
-            boxes,
-            0,
+            sources,
             None,
             work,
             lists,
@@ -329,8 +327,7 @@ def _key_producer(
 def _value_producer(
     turns,
     ring,
-    boxes,
-    first_row,
+    sources,
     covariance,
     work,
     lists,
@@ -354,8 +351,7 @@ def _value_producer(
             None,
             sent,
             tile,
-            boxes,
-            first_row,
+            sources,
             covariance,
             work,
             lists,
@@ -595,10 +591,14 @@ def _ring(source, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit(do_not_specialize=["first_head"])
 def hopper_attention_kernel(
     query,
-    boxes_1,
-    boxes_2,
-    boxes_3,
-    boxes_4,
+    keys_1,
+    keys_2,
+    keys_3,
+    keys_4,
+    values_1,
+    values_2,
+    values_3,
+    values_4,
     covariance,
     covariance_factors,
     bias,
@@ -621,7 +621,6 @@ def hopper_attention_kernel(
     query_blocks,
     kv_blocks,
     packed_rows,
-    first_value_row,
     empty_row,
     D: gl.constexpr,
     QUERY_BLOCK: gl.constexpr,
@@ -632,14 +631,14 @@ def hopper_attention_kernel(
 ):
     """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
-    ``boxes_1`` to ``boxes_4`` describe the packed keys and values [rows of all heads, D] in boxes of a block's rows at
-    each level, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold ``heads`` heads a
-    sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
+    ``keys_1`` to ``keys_4`` describe the packed keys in boxes of a block's rows at each level, ``values_1`` to
+    ``values_4`` the values, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold
+    ``heads`` heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
     """
     HALF: gl.constexpr = 64
-    rows = gl.allocate_shared_memory(boxes_1.dtype, [2, HALF, D], boxes_1.layout)
-    keys = _ring(boxes_1, D, BLOCK_N, STAGES)
-    values = _ring(boxes_1, D, BLOCK_N, STAGES)
+    rows = gl.allocate_shared_memory(keys_1.dtype, [2, HALF, D], keys_1.layout)
+    keys = _ring(keys_1, D, BLOCK_N, STAGES)
+    values = _ring(values_1, D, BLOCK_N, STAGES)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turns = Turns(
         gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
@@ -708,7 +707,7 @@ def hopper_attention_kernel(
                     taken,
                     keys,
                     biases,
-                    (boxes_1, boxes_2, boxes_3, boxes_4),
+                    (keys_1, keys_2, keys_3, keys_4),
                     work,
                     lists,
                     bias,
@@ -727,8 +726,7 @@ def hopper_attention_kernel(
                 (
                     turns,
                     values,
-                    (boxes_1, boxes_2, boxes_3, boxes_4),
-                    first_value_row,
+                    (values_1, values_2, values_3, values_4),
                     covariance,
                     work,
                     lists,
@@ -745,5 +743,5 @@ def hopper_attention_kernel(
             ),
         ],
         [4, 1, 1],
-        [224, 56, 56],
+        [232, 40, 40],
     )

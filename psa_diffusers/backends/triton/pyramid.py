@@ -20,26 +20,13 @@ MAX_PARTS = 8  # tiles of a block
 class Pyramid(NamedTuple):
     """All levels of all heads, as :class:`PyramidLayout` arranges them."""
 
-    packed: Tensor  # [2 or 3, batch, heads, rows, head_dim], dtype of the inputs: keys, values, the keys' variance
+    key: Tensor  # [batch, heads, rows, head_dim], dtype of the inputs
+    value: Tensor  # [batch, heads, rows, head_dim]
     bias: Tensor  # float32 [batch, rows]: log2 of the real tokens that a row stands for, -inf for none
+    variance: Tensor | None  # [batch, heads, rows, head_dim]: of each channel of a row's keys; None unless asked for
     # float32 [batch, heads, kv_blocks]: the bias of centroids, NaN for those of NaN or Inf, whose rows hold 0 in their
     # place. So all centroids can be multiplied and some left out by their bias. None unless asked for.
     centroid_bias: Tensor | None = None
-
-    @property
-    def key(self) -> Tensor:
-        """[batch, heads, rows, head_dim]"""
-        return self.packed[0]
-
-    @property
-    def value(self) -> Tensor:
-        """[batch, heads, rows, head_dim]"""
-        return self.packed[1]
-
-    @property
-    def variance(self) -> Tensor | None:
-        """[batch, heads, rows, head_dim]: variance of each channel of a row's keys; None unless asked for."""
-        return self.packed[2] if len(self.packed) == 3 else None
 
 
 # A block's rows are held as PARTS tiles [GROUPS, BD], row r in tile r % PARTS: rows that pool together are in different
@@ -344,7 +331,7 @@ def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool, with_
     packed = key.new_empty(3 if with_variance else 2, batch, heads, layout.rows, head_dim)
     bias = key.new_empty(batch, layout.rows, dtype=torch.float32)
     centroid_bias = bias.new_empty(batch, heads, layout.kv_blocks) if with_centroid_bias else None
-    return Pyramid(packed, bias, centroid_bias)
+    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None, centroid_bias)
 
 
 def pyramid_launch(

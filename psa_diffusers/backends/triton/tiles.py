@@ -37,7 +37,6 @@ class CovarianceTile:
     channels: int
     rows: int
     num_warps: int
-    num_stages: int
 
 
 def attention_tile(
@@ -100,5 +99,5 @@ def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False)
 def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
     """At most 64 accumulators a thread; exact float32 products hold their operands in registers as well."""
     if dtype == torch.float32:
-        return CovarianceTile(min(padded_head_dim(head_dim), 64), 16, 8, 1)
-    return CovarianceTile(min(padded_head_dim(head_dim), 128), 32, 8, 3)
+        return CovarianceTile(min(padded_head_dim(head_dim), 64), 16, 8)
+    return CovarianceTile(min(padded_head_dim(head_dim), 128), 32, 8)
