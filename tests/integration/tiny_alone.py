@@ -113,6 +113,7 @@ def wan(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
+SKYREELS_BLOCKS = WAN | dict(num_frame_per_block=2)
 ANIMATE = WAN | dict(
     in_channels=12,
     latent_channels=4,
@@ -188,6 +189,18 @@ def kandinsky(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
+KANDINSKY_6 = KANDINSKY | dict(visual_cond=False, in_audio_dim=6, out_audio_dim=6)
+
+
+def kandinsky_6(grid: Grid, batch: int) -> dict[str, Any]:
+    inputs = kandinsky(grid, batch)
+    del inputs["text_rope_pos"]
+    return inputs | dict(
+        audio_hidden_states=noise(batch, 30, 6),  # as many as video tokens: their number tells nothing
+        encoder_attention_mask=padding_mask(REAL, TEXT, batch)[:, None, None, :],
+    )
+
+
 ALLEGRO = dict(
     num_attention_heads=2,
     attention_head_dim=96,  # as the real one: no power of two
@@ -257,5 +270,12 @@ ALONE = {
         calls=2,
         after=KEYFRAMES,
         grids=((4, 3, 5), (3, 5, 3)),
+    ),
+    "kandinsky-6": Tiny(
+        "Kandinsky6Transformer3DModel",
+        KANDINSKY_6,
+        kandinsky_6,
+        calls=2,
+        grids=((3, 2, 5), (5, 3, 7)),
     ),
 }
