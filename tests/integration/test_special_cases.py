@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -226,3 +227,13 @@ def test_rows_are_whole():
         ]
         assert given == [not row.dense] * 6, row.title
     assert models.known_transformers() == [name for row in ROWS if not row.dense for name in row.transformers]
+
+
+def test_the_readme_has_the_same_table():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Models\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| model |")]
+    assert lines == [
+        f"| {row.title} | {row.dense} |" if row.dense else f"| {row.title} | {row.sparse} | {row.text} | {row.grid} |"
+        for row in ROWS
+    ]
