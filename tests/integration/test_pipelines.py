@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import diffusers
@@ -67,7 +68,8 @@ def make(name):
     pipeline, scheduler, _, _ = PIPELINES[name]
     transformer = TINY[name].build()
     cls = getattr(diffusers, pipeline)
-    parts = {part: None for part in cls._get_signature_types() if part != "force_zeros_for_empty_prompt"}
+    needed = inspect.signature(cls).parameters.values()
+    parts = {part.name: None for part in needed if part.default is inspect.Parameter.empty}
     pipe = cls(**{**parts, "transformer": transformer, "scheduler": getattr(diffusers, scheduler)()})
     pipe.vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

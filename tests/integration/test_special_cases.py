@@ -156,6 +156,14 @@ def test_ltx_2_with_perturbed_blocks():
     assert (statistics.sparse_calls, statistics.dense_calls) == (1, 0)
 
 
+def test_ltx_2_gets_its_perturbed_natives_back():
+    """Also where they were never seen, since the processor was made without the model."""
+    model, inputs = TINY["ltx-2-perturbed"].build(), ltx_2(GRID, 1) | {"spatio_temporal_guidance_blocks": [0]}
+    native = forward(model, inputs)
+    model.set_attn_processor(PSAProcessor(tiny_config()))
+    assert torch.equal(forward(disable_psa(model), inputs), native)
+
+
 def test_ltx_2_with_a_reference_mask_stays_dense():
     if not hasattr(diffusers, "LTX2VideoTransformer3DModel"):
         pytest.skip("no LTX-2")

@@ -330,6 +330,7 @@ JOINT = {
         before=2 * 3 * 5 + 2 * 2 * 3 + 2 * 1 * 2,
         after=IMAGE + TEXT,
         real=tuple(IMAGE + real for real in REAL),
+        batch_of_samples=False,
         change_padding=HUNYUAN_TEXT,
         grids=((4, 3, 5),),
     ),
@@ -409,6 +410,7 @@ JOINT = {
         minimax,
         calls=2,
         before=TEXT + 15 + AUDIO,
+        batch_of_samples=False,
         grids=((4, 3, 5), (5, 5, 3)),
     ),
 }

@@ -30,6 +30,7 @@ class Tiny:
         cut: Padding is cut off before attention.
         change_padding: Changes padded text in the arguments; None = there is none.
         layer_0: Calls of layer 0.
+        batch_of_samples: A batch is its samples, one by one; not where the model packs or cuts them by another rule.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Tiny:
     a_sample: bool = False
     change_padding: Callable[[dict[str, Any]], None] | None = None
     layer_0: int = 1
+    batch_of_samples: bool = True
     grids: tuple[Grid, ...] = field(default=((3, 4, 5), (5, 3, 7), (2, 5, 3)))
 
     def build(self) -> torch.nn.Module:
