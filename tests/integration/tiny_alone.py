@@ -35,7 +35,9 @@ def ltx(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
-KEYFRAMES = 15  # one frame of the grid with which it is used
+def keyframe(grid: Grid) -> int:
+    """Tokens of the one frame that is given as a condition."""
+    return grid[1] * grid[2]
 
 
 def coordinates(grid: Grid, start: float = 0.0) -> torch.Tensor:
@@ -251,9 +253,7 @@ ALONE = {
         calls=2,
         change_padding=TEXT_BY_CROSS_ATTENTION,
     ),
-    "ltx-condition": Tiny(
-        "LTXVideoTransformer3DModel", LTX, ltx_condition, calls=2, before=KEYFRAMES, grids=((4, 3, 5), (3, 5, 3))
-    ),
+    "ltx-condition": Tiny("LTXVideoTransformer3DModel", LTX, ltx_condition, calls=2, before=keyframe),
     "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, wan, calls=2),
     "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, wan, calls=2),
     "wan-animate": Tiny("WanAnimateTransformer3DModel", ANIMATE, animate, calls=2, grids=((3, 4, 5), (5, 3, 7))),
@@ -266,10 +266,9 @@ ALONE = {
     "ltx-2-keyframes": Tiny(
         "LTX2VideoTransformer3DModel",
         LTX_2,
-        lambda grid, batch: ltx_2(grid, batch, KEYFRAMES),
+        lambda grid, batch: ltx_2(grid, batch, keyframe(grid)),
         calls=2,
-        after=KEYFRAMES,
-        grids=((4, 3, 5), (3, 5, 3)),
+        after=keyframe,
     ),
     "kandinsky-6": Tiny(
         "Kandinsky6Transformer3DModel",

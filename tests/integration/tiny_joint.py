@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ def hunyuan_i2v(grid: Grid, batch: int) -> dict[str, Any]:
 
 
 IMAGE = 3  # tokens
+
+
+def history(grid: Grid) -> int:
+    """Tokens of 2 frames, of 3 in pairs at half the size, and of 5 in fours at a quarter, all rounded up."""
+    _, height, width = grid
+    quarters = math.ceil(height / 4) * math.ceil(width / 4)
+    return 2 * height * width + 2 * math.ceil(height / 2) * math.ceil(width / 2) + 2 * quarters
 
 
 def framepack(grid: Grid, batch: int) -> dict[str, Any]:
@@ -327,12 +335,11 @@ JOINT = {
         HUNYUAN | dict(has_image_proj=True, image_proj_dim=10, has_clean_x_embedder=True),
         framepack,
         calls=3,
-        before=2 * 3 * 5 + 2 * 2 * 3 + 2 * 1 * 2,
+        before=history,
         after=IMAGE + TEXT,
         real=tuple(IMAGE + real for real in REAL),
         batch_of_samples=False,
         change_padding=HUNYUAN_TEXT,
-        grids=((4, 3, 5),),
     ),
     "hunyuan-1.5": Tiny(
         "HunyuanVideo15Transformer3DModel",
@@ -401,16 +408,14 @@ JOINT = {
         HELIOS,
         helios,
         calls=2,
-        before=2 * 3 * 5 + 2 * 2 * 3 + 2 * 1 * 2,
-        grids=((4, 3, 5),),
+        before=history,
     ),
     "minimax": Tiny(
         "MiniMaxH3Transformer3DModel",
         MINIMAX,
         minimax,
         calls=2,
-        before=TEXT + 15 + AUDIO,
+        before=lambda grid: TEXT + grid[1] * grid[2] + AUDIO,
         batch_of_samples=False,
-        grids=((4, 3, 5), (5, 5, 3)),
     ),
 }
