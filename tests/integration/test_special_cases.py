@@ -16,7 +16,7 @@ from psa_diffusers.integration.processor import installed_processors
 
 from .test_models import ALWAYS, CLOSE, forward
 from .tiny_alone import LTX_2, SKYREELS_BLOCKS, coordinates, kandinsky, ltx, ltx_2
-from .tiny_joint import motif
+from .tiny_hunyuan import hunyuan, motif
 from .tiny_models import TINY
 from .tiny_parts import REAL, TEXT, noise
 from .tiny_wan import tiny_config
@@ -75,6 +75,13 @@ def test_another_mask_than_the_padding_runs_dense(name):
     torch.testing.assert_close(sparse, native, **CLOSE)
     assert statistics.dense_reasons == {"attention mask": 1}
     assert statistics.sparse_calls == TINY[name].calls - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_masks_of_any_dtype(dtype):
+    native, sparse, statistics = run("hunyuan", hunyuan(GRID, 2, dtype))
+    torch.testing.assert_close(sparse, native, **CLOSE)
+    assert statistics.dense_reasons == {}
 
 
 def test_a_text_without_padding():
