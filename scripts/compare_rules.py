@@ -2,8 +2,8 @@
 
 Every rule gets the same order, blocks and importance; the paper's shares and thresholds are scaled until their plans
 cost what is asked. ``oracle`` is the budget rule with the exact first-order error of every pair and level instead of
-the estimate: what a better estimate could still gain. Errors are those of the sparse output against the dense one,
-relative in the Euclidean norm, over all heads, and for the worst head.
+the estimate, without the value correction: what a better estimate could still gain. Errors are those of the sparse
+output against the dense one, relative in the Euclidean norm, over all heads, and for the worst head.
 
     python scripts/compare_rules.py --output benchmarks/compare_rules.csv
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from psa_diffusers import PSAConfig
+from psa_diffusers import PSAConfig, pyramid_sparse_attention
 from psa_diffusers.planning import Plan, build_plan
 from psa_diffusers.planning.budget import Limits, spend, step_prices
 from psa_diffusers.synthetic import video_like_qkv
@@ -69,51 +69,52 @@ def exact_errors(inputs: tuple[Tensor, Tensor, Tensor], plan: Plan) -> Tensor:
     return errors
 
 
-def output_errors(inputs: tuple[Tensor, Tensor, Tensor], plans: dict[str, Plan]) -> dict[str, tuple[float, float]]:
+def output_errors(
+    inputs: tuple[Tensor, Tensor, Tensor], plans: dict[str, tuple[PSAConfig, Plan]]
+) -> dict[str, tuple[float, float]]:
     """Relative error of each plan's output: of all heads together, and of the worst head."""
-    heads = inputs[0].shape[2]
-    lost = {name: torch.zeros(heads, dtype=torch.float64) for name in plans}
-    norm = torch.zeros(heads, dtype=torch.float64)
-    for head, row, mass, weighted in pieces(inputs, next(iter(plans.values()))):
-        dense = weighted[0].sum(1) / mass[0].sum(1, keepdim=True)
-        norm[head] += float(dense.square().sum())
-        for name, plan in plans.items():
-            levels = plan.level_mask[0, head, row].long()
-            read, blocks = torch.nonzero(levels)[:, 0], levels[levels > 0] - 1
-            part = weighted[blocks, :, read].sum(0) / mass[blocks, :, read].sum(0)[:, None]
-            lost[name][head] += float((part - dense).square().sum())
-    return {
-        name: (float((total.sum() / norm.sum()).sqrt()), float((total / norm).sqrt().amax()))
-        for name, total in lost.items()
-    }
+    heads_first = (tensor.transpose(1, 2) for tensor in inputs)
+    dense = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    norm, errors = dense.double().square().sum((0, 1, 3)), {}
+    for name, (config, plan) in plans.items():
+        out = pyramid_sparse_attention(*inputs, config, plan=plan)
+        lost = (out.double() - dense).square().sum((0, 1, 3))
+        errors[name] = float((lost.sum() / norm.sum()).sqrt()), float((lost / norm).sqrt().amax())
+    return errors
 
 
-def scaled_thresholds(inputs: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int], budget: float) -> Plan:
+def scaled_thresholds(
+    inputs: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int], budget: float
+) -> tuple[PSAConfig, Plan]:
     """The threshold rule with its thresholds times one factor, by bisection: the densest that the budget allows."""
     low, high, best = 0.0, 1.0 / min(THRESHOLDS), None
     for _ in range(14):
         factor = (low + high) / 2
         taus = tuple(min(1.0, tau * factor) for tau in THRESHOLDS)
-        plan = build_plan(*inputs, PSAConfig(rule="threshold", level_thresholds=taus), grid=grid)
+        config = PSAConfig(rule="threshold", level_thresholds=taus)
+        plan = build_plan(*inputs, config, grid=grid)
         if plan.compute_budget <= budget:
-            low, best = factor, plan
+            low, best = factor, (config, plan)
         else:
             high = factor
-    return plan if best is None else best
+    return best or (config, plan)
 
 
-def make_plans(inputs: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int], budget: float) -> dict[str, Plan]:
+def make_plans(
+    inputs: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int], budget: float
+) -> dict[str, tuple[PSAConfig, Plan]]:
     shares = tuple(share * budget / 0.25 for share in PSA3)
     configs = {
         "budget": PSAConfig(compute_budget=budget),
+        "budget, value_correction=none": PSAConfig(compute_budget=budget, value_correction="none"),
         "topk, PSA-3 shares": PSAConfig(rule="topk", level_fractions=shares),
         "topk, binary": PSAConfig(rule="topk", level_fractions=(budget, 0.0, 0.0, 0.0)),
     }
-    plans = {name: build_plan(*inputs, config, grid=grid) for name, config in configs.items()}
+    plans = {name: (config, build_plan(*inputs, config, grid=grid)) for name, config in configs.items()}
     plans["threshold, scaled"] = scaled_thresholds(inputs, grid, budget)
-    ours = plans["budget"]
+    config, ours = plans["budget, value_correction=none"]
     mask = spend(step_prices(exact_errors(inputs, ours), ours.kv_block_size), budget, ours.kv_block_size, Limits())
-    plans["oracle"] = dataclasses.replace(ours, level_mask=mask, cache={})
+    plans["oracle"] = config, dataclasses.replace(ours, level_mask=mask, cache={})
     return plans
 
 
@@ -135,8 +136,8 @@ def main() -> None:
             for budget in arguments.budgets:
                 plans = make_plans(inputs, grid, budget)
                 for name, (error, worst) in output_errors(inputs, plans).items():
-                    achieved = plans[name].compute_budget
-                    print(f"{content:16} {budget:5} {name:20} {achieved:.4f}  error {error:.4f}  worst {worst:.4f}")
+                    achieved = plans[name][1].compute_budget
+                    print(f"{content:16} {budget:5} {name:29} {achieved:.4f}  error {error:.4f}  worst {worst:.4f}")
                     rows.append(
                         {
                             "content": content,

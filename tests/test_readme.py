@@ -63,7 +63,14 @@ def bundled_or(tiny: Path) -> Path:
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
-    assert {command[0] for command in commands()} <= {"pip", "python", "psa-generate", "psa-bench", "ruff"}
+    assert {command[0] for command in commands()} <= {
+        "pip",
+        "python",
+        "psa-generate",
+        "psa-bench",
+        "psa-doctor",
+        "ruff",
+    }
 
 
 def test_the_first_command_installs_and_generates_and_the_second_runs_the_tests():
@@ -108,6 +115,13 @@ def test_psa_bench(command, capsys):
 
     assert run_command("psa-bench", app, [*command[1:], "--tokens", "512,1024", "--repeats", "1"]) == 0
     assert "1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands_of("psa-doctor"), ids=named)
+def test_psa_doctor(command, capsys):
+    from psa_diffusers.cli.doctor import app
+
+    assert run_command("psa-doctor", app, command[1:]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])

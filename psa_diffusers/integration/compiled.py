@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 _BREAKS_SAY_WHY = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -24,9 +25,9 @@ def register_processor(processor: Any) -> int:
     "psa_diffusers::self_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor position, int processor, "
-    "float? scale, bool padded) -> Tensor",
+    "float? scale, bool padded, bool shared) -> Tensor",
 )
-def self_attention(query, key, value, position, processor, scale, padded):
+def self_attention(query, key, value, position, processor, scale, padded, shared):
     """One sparse call: planning, attention and counting run as they do uncompiled.
 
     Args:
@@ -36,18 +37,23 @@ def self_attention(query, key, value, position, processor, scale, padded):
         processor: From :func:`register_processor`.
         scale: Factor of the logits; None = the default.
         padded: The native masks padding.
+        shared: The tokens are a part of a sequence that is spread over processes.
 
     Returns:
         [batch, seq, heads, head_dim], contiguous.
     """
-    return _processors[processor].attend_at(query, key, value, int(position), scale, padded).contiguous()
+    return _processors[processor].attend_at(query, key, value, int(position), scale, padded, shared).contiguous()
 
 
 @self_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, processor: int, scale: float | None, padded: bool
-) -> Tensor:
+def _(query, key, value, position, processor, scale, padded, shared) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def intercepted() -> bool:
+    """Whether a function mode may replace the attention function (as diffusers' perturbed attention guidance does)."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def leave_graph() -> None:

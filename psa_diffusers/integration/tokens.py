@@ -40,6 +40,16 @@ class TokenLayout:
     padding_of: tuple[Tensor, ...] = ()
     elsewhere: TokenLayout | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence, before padded text is dropped."""
+        return self.before + math.prod(self.grid) + self.after
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are tokens beside the video's."""
+        return self.before + self.after > 0
+
     def of_length(self, length: int) -> TokenLayout | None:
         """The layout of a sequence of this length: this one or ``elsewhere``; None if neither can have it."""
         others = length - math.prod(self.grid) - self.before
