@@ -67,8 +67,8 @@ class StepClock:
     In order: the caller's explicit step; the step index in the model's cache context; the position of the pipeline's
     current timestep (else of its guider's, else of the one given to the transformer) in ``scheduler.timesteps``: by its
     place in the same storage, which is exact for repeated timesteps and reads nothing from the device, or by value on
-    the CPU. Where the pipeline copies its timesteps on a GPU, the steps that the scheduler itself has made; where it does
-    not count them either, the value, once a forward.
+    the CPU. Where the pipeline copies its timesteps on a GPU, the steps that the scheduler itself has made; where it
+    does not count them either, the value, once a forward.
     """
 
     def __init__(self) -> None:

@@ -87,12 +87,18 @@ def _squared_distances(
 
 
 @triton.jit
-def _mean_power(output_power, query_blocks, CHUNK: tl.constexpr):
+def _mean_power(output_power, full_query, query_blocks, CHUNK: tl.constexpr):
+    """Mean over the rows that are not full: what is in those may be padding."""
     total = tl.zeros([CHUNK], tl.float32)
+    rows = tl.zeros([CHUNK], tl.float32)
     for start in range(0, query_blocks, CHUNK):
         block = start + tl.arange(0, CHUNK)
-        total += tl.load(output_power + block, mask=block < query_blocks, other=0.0)
-    return tl.sum(total, axis=0) / query_blocks
+        free = block < query_blocks
+        if full_query is not None:
+            free = free & (tl.load(full_query + block, mask=free, other=0) == 0)
+        total += tl.load(output_power + block, mask=free, other=0.0)
+        rows += free.to(tl.float32)
+    return tl.sum(total, axis=0) / tl.maximum(tl.sum(rows, axis=0), 1.0)
 
 
 @triton.jit
@@ -160,7 +166,8 @@ def prices_kernel(
     pair = row[:, None] * kv_blocks + block[None, :]
     is_pair = is_row[:, None] & is_column[None, :]
 
-    weight = 1.0 / tl.maximum(_mean_power(output_power + both * query_blocks, query_blocks, 1024), TINY)
+    power = _mean_power(output_power + both * query_blocks, full_query, query_blocks, 1024)
+    weight = 1.0 / tl.maximum(power, TINY)
     distance = _squared_distances(
         output, row, is_row, value_mean, column, is_column, channels, HEAD_DIM, DEPTH, PRECISION
     )
