@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PSAConfig
-from .native import PATCH
+from .native import PATCH, set_processor
 from .processor import PSAProcessor
 
 REPEATS = 3
@@ -81,7 +81,7 @@ def forecast(name: str, settings: Mapping[str, Any], latents: tuple[int, int, in
         raise ValueError(f"no forecast for {name}; there is one for {', '.join(FORECASTS)}.")
     model = random_model(name, settings)
     recorder = _Recorder(model, replace(config, dense_warmup=0.0, dense_last=0.0, refresh_every=1))
-    model.set_attn_processor(recorder)
+    _install(model, recorder)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, recorder.step(0, 1):
         model(**FORECASTS[name](model, latents))
@@ -202,7 +202,7 @@ def measure_layer(
 
 def _timed_forward(model: nn.Module, processor: PSAProcessor, inputs: Mapping[str, Tensor]) -> tuple[float, Any]:
     """Seconds of the fastest of some forwards after a first one (others may use the machine), and its statistics."""
-    model.set_attn_processor(processor)
+    _install(model, processor)
     on_gpu, runs = inputs["hidden_states"].device.type == "cuda", []
     for _ in range(1 + REPEATS):
         processor.statistics.reset()
@@ -215,6 +215,12 @@ def _timed_forward(model: nn.Module, processor: PSAProcessor, inputs: Mapping[st
             torch.cuda.synchronize()
         runs.append((time.perf_counter() - started, copy.copy(processor.statistics)))
     return min(runs[1:], key=lambda run: run[0])
+
+
+def _install(model: nn.Module, processor: PSAProcessor) -> None:
+    """Also on transformers that have no ``set_attn_processor``."""
+    for module, slot in getattr(model, PATCH).attention:
+        set_processor(module, processor if slot.self_attention else slot.native)
 
 
 def _wan(model: nn.Module, latents: tuple[int, int, int]) -> dict[str, Tensor]:
