@@ -8,10 +8,10 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import PSAConfig
+from .discovery import no_transformer, transformers_of, why_dense
 from .native import PATCH, detach, set_processor
-from .processor import PSAProcessor, installed_processors, no_transformer, transformers_of
+from .processor import PSAProcessor, installed_processors
 from .statistics import PSAStatistics
-from .tokens import known_transformers
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +19,8 @@ logger = logging.get_logger(__name__)
 def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = None) -> Any:
     """Run the video self-attention of every transformer of a pipeline by Pyramid Sparse Attention.
 
-    Enabling again replaces the settings. A transformer that is not known here stays as it is, with a warning.
+    Enabling again replaces the settings. A transformer that is not known here, or has nothing to make
+    sparse, stays as it is, with a warning that says why.
 
     Args:
         pipe: A diffusers video pipeline (or a transformer; see :class:`PSAProcessor` for what that needs).
@@ -70,17 +71,17 @@ def psa_statistics(pipe: Any) -> PSAStatistics:
 
 
 def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:
-    """Say which transformers stay dense."""
+    """Say which transformers stay dense, and why."""
     parts = {"model": pipe} if isinstance(pipe, nn.Module) else pipe.components
-    known = {id(model) for model in models}
-    strangers = [
-        f"{name} ({type(part).__name__})"
+    sparse = {id(model) for model in models}
+    strangers = {
+        name: part
         for name, part in parts.items()
         if isinstance(part, nn.Module)
-        and known.isdisjoint(map(id, part.modules()))
+        and sparse.isdisjoint(map(id, part.modules()))
         and ("transformer" in name or "Transformer" in type(part).__name__)
-    ]
-    if strangers:
-        logger.warning(f"PSA leaves {', '.join(strangers)} dense; it knows {', '.join(known_transformers())}.")
-    elif not models:
+    }
+    for name, part in strangers.items():
+        logger.warning(f"PSA leaves {name} ({type(part).__name__}) dense: {why_dense(part)}.")
+    if not strangers and not models:
         raise ValueError(f"enable_psa: {no_transformer(pipe)}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..planning.plan import Plan
+from ..planning.sharing import mean_over_heads
 from .schedule import Step
 
 DENSE, SPARSE, SKIPPED = "dense", "sparse", "skipped"
@@ -59,9 +60,12 @@ class PSAStatistics:
         if self.steps and self.steps[-1][2] == SKIPPED:
             self.steps[-1] = (*self.steps[-1][:2], DENSE)
 
-    def count_sparse(self, plan: Plan) -> None:
+    def count_sparse(self, plan: Plan, heads_group: Any | None = None) -> None:
+        """``heads_group``: the processes that hold the layer's other heads, whose costs count too."""
         self.sparse_calls += 1
         cost = plan.mean_cost()
+        if heads_group is not None:
+            cost = mean_over_heads(cost, plan.level_mask.shape[1], heads_group)
         total = self._budget_sum
         if isinstance(total, torch.Tensor):
             total = total.to(cost.device, non_blocking=True)

@@ -5,15 +5,19 @@ At a price ``lambda`` a pair takes the rung with the least error + lambda * cost
 hull of its (cost, error) points; so each step of the ladder has one lambda below which it is taken. The steps are
 counted in a histogram over lambda, its cumulative cost gives the lambda at which the budget is spent, and the bin in
 which that happens is filled in index order. Nothing is sorted and nothing is read back, so that a GPU is never waited
-for; costs are whole numbers of 1 / kv_block_size, so that the result is the same every time.
+for; costs are whole numbers of 1 / kv_block_size, so that the result is the same every time, and the same whether one
+process holds all heads or several hold some each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .sharing import gather_ranks
 
 # The leading 16 bits of a non-negative float32, 8 of exponent and 7 of mantissa, are a log-spaced bin, 128 an octave.
 _BIN_SHIFT = 16
@@ -75,21 +79,31 @@ def step_prices(errors: Tensor, kv_block_size: int, cap: Tensor | None = None) -
     return (prices.view(torch.int32) >> _BIN_SHIFT).to(torch.int16)
 
 
-def spend(prices: Tensor, compute_budget: float, kv_block_size: int, limits: Limits) -> Tensor:
+def spend(
+    prices: Tensor, compute_budget: float, kv_block_size: int, limits: Limits, heads_group: Any | None = None
+) -> Tensor:
     """Take steps, dearest lambda first, while the budget lasts.
 
     Args:
         prices: what :func:`step_prices` gives, for all heads. One lambda a sample, over its heads.
         compute_budget: mean cost of a pair with real keys, dense = 1. The plan comes within half a step of it, unless
             one centroid a pair and the full pairs already exceed it: then no step is taken.
+        heads_group: the process group whose processes each hold some of the layer's heads, lower ranks the earlier
+            ones: they share one lambda. None = all heads are here.
 
     Returns:
         int8 [batch, heads, query_blocks, kv_blocks].
     """
     num_levels, batch = prices.shape[:2]
     costs = _step_costs(prices, kv_block_size, limits)
-    room = _room(prices.shape, compute_budget, kv_block_size, limits, prices.device)
-    last_bin, left = _last_bin(prices, costs, room)
+    spent, pairs = _spent_by_bin(prices, costs), _pairs(prices.shape, limits, prices.device)
+    by_rank, rank = spent[None], 0
+    if heads_group is not None:
+        every, rank = gather_ranks(torch.cat([spent, pairs], dim=1), heads_group)
+        by_rank, pairs = every[:, :, :_BINS], every[:, :, _BINS:].sum(0)
+    last_bin, left = _last_bin(by_rank.sum(0), _room(pairs, compute_budget, kv_block_size))
+    if rank > 0:  # the last bin is filled in index order, and the heads of lower ranks come first
+        left = left - by_rank[:rank].sum(0).gather(1, last_bin[:, None])[:, 0]
     shape = (batch, 1, 1, 1)
     last_bin, left = last_bin.view(shape), left.view(batch, 1)
     in_last = [torch.where(price == last_bin, cost, 0) for price, cost in zip(prices, costs, strict=True)]
@@ -133,28 +147,38 @@ def _step_costs(prices: Tensor, kv_block_size: int, limits: Limits) -> list[Tens
     return steps
 
 
-def _room(shape: torch.Size, compute_budget: float, kv_block_size: int, limits: Limits, device: torch.device) -> Tensor:
-    """int64 [batch]: what is left for steps, in 1 / kv_block_size, after the centroids and the full pairs."""
+def _pairs(shape: torch.Size, limits: Limits, device: torch.device) -> Tensor:
+    """int64 [batch, 2]: pairs with real keys, and those of them that are level 1 whatever the budget."""
     _, batch, heads, query_blocks, kv_blocks = shape
     counted = torch.ones(1, kv_blocks, dtype=torch.bool, device=device) if limits.counted is None else limits.counted
     pairs = counted.sum(1) * (heads * query_blocks)
     full = torch.zeros_like(pairs)
     if limits.full is not None:
         full = (counted * limits.full.sum(0)).sum(1) * heads
+    return torch.stack([pairs, full], dim=1).expand(batch, 2)
+
+
+def _room(pairs: Tensor, compute_budget: float, kv_block_size: int) -> Tensor:
+    """int64 [batch]: what is left for steps, in 1 / kv_block_size, after the centroids and the full pairs."""
+    pairs, full = pairs.unbind(1)
     # In whole numbers throughout; the budget is rounded to 2**-20 of a pair's centroid.
     allowed = (pairs * round(compute_budget * kv_block_size * 2**20)) >> 20
-    return (allowed - full * kv_block_size - (pairs - full)).expand(batch)
+    return allowed - full * kv_block_size - (pairs - full)
 
 
-def _last_bin(prices: Tensor, costs: list[Tensor], room: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [batch] each: the bin that the budget pays for in part (all above it in full), and what is left for it."""
+def _spent_by_bin(prices: Tensor, costs: list[Tensor]) -> Tensor:
+    """int64 [batch, bins]: what the steps of each bin cost."""
     batch, heads = prices.shape[1:3]
     # One histogram a head, so that a GPU's threads meet less often at a bin; whole numbers add up to the same.
     spent = torch.zeros(batch, heads, _BINS, dtype=torch.int64, device=prices.device)
     for price, cost in zip(prices, costs, strict=True):
         weights = cost.expand(price.shape).flatten(2).to(torch.int64)
         spent.scatter_add_(2, price.flatten(2).to(torch.int64), weights)
-    spent = spent.sum(1)
+    return spent.sum(1)
+
+
+def _last_bin(spent: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [batch] each: the bin that the budget pays for in part (all above it in full), and what is left for it."""
     above = spent.flip(1).cumsum(1).flip(1) - spent  # what the steps of all higher bins cost
     # Bins are affordable from the top down; the lowest whose predecessors fit is the last that is touched.
     last = (above > room[:, None]).sum(1).clamp(max=_BINS - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ def build_plan(
     full_tokens: slice | Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
+    heads_group: Any | None = None,
 ) -> Plan:
     """Choose the level at which every block of queries reads every block of keys (paper section 3).
 
@@ -57,6 +60,9 @@ def build_plan(
         key_lengths: int [batch]; keys from that raster position on are padding. They count for nothing here, not even
             if they are NaN; a block of nothing else is level 0.
         scale: Factor on the logits; None = 1 / sqrt(head_dim).
+        heads_group: The ``torch.distributed`` group of the processes that each hold some of the layer's heads, lower
+            ranks the earlier ones, over the full sequence. All of them call this at the same time, and their plans
+            together are the plan of one process with all heads. None = all heads are here.
 
     Returns:
         The plan. The same inputs and ``config.seed`` give the same plan to the bit; a sample's plan does not depend on
@@ -86,7 +92,7 @@ def build_plan(
         full_tokens=full,
         device=device,
     )
-    levels = _Planner(query, key, value, config, layout, lengths, scale).levels()
+    levels = _Planner(query, key, value, config, layout, lengths, scale, heads_group).levels()
     return Plan(
         level_mask=levels,
         query_length=query_length,
@@ -126,10 +132,11 @@ class _Planner:
         layout: Layout,
         lengths: Tensor | None,
         scale: float,
+        heads_group: Any | None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.config, self.layout, self.scale = config, layout, scale
-        self.lengths = lengths
+        self.lengths, self.heads_group = lengths, heads_group
         self.real = None
         self.counted = None
         if lengths is not None:
@@ -183,12 +190,13 @@ class _Planner:
                 second[:, heads],
                 samples.of_heads(heads),
                 spread.of_heads(heads),
+                self.layout.full_query_blocks,
                 scale=self.scale,
             )
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
         prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
-        return spend(prices, config.compute_budget, config.kv_block_size, limits)
+        return spend(prices, config.compute_budget, config.kv_block_size, limits, self.heads_group)
 
     def _query_samples(self) -> Samples:
         config = self.config

@@ -1,0 +1,171 @@
+"""One of several processes that share a tiny model by Ulysses: ``python -m`` this module FOLDER RANK WORLD.
+
+They run all cases, one after the other, and leave what each one saw in FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from psa_diffusers.integration import disable_psa, enable_psa, operations, psa_statistics
+
+from .tiny_wan import generate, pipeline, tiny_config, transformer
+
+LARGE = {"height": 64, "width": 96, "num_frames": 13}  # 4 x 4 x 6 = 96 tokens
+ODD = {"height": 48, "width": 48, "num_frames": 9}  # 3 x 3 x 3 = 27 tokens
+HEADS = {"num_attention_heads": 4}
+KINDS = ("t2v", "i2v", "ti2v", "experts")
+
+
+def make_pipeline(kind: str = "t2v", **settings):
+    """A tiny pipeline whose transformers have four heads, if not other settings."""
+    pipe = pipeline(kind)
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        model = getattr(pipe, name, None)
+        if model is not None:
+            changes = {"in_channels": 36, "added_kv_proj_dim": 48, "image_dim": 4} if kind == "i2v" else {}
+            setattr(pipe, name, transformer(seed=seed, **HEADS | changes | settings))
+    return pipe
+
+
+def make_parallel(pipe, names=("transformer", "transformer_2"), **settings):
+    from diffusers import ContextParallelConfig
+
+    for name in names:
+        if getattr(pipe, name, None) is not None:
+            config = ContextParallelConfig(ulysses_degree=dist.get_world_size(), **settings)
+            getattr(pipe, name).enable_parallelism(config=config)
+    return pipe
+
+
+class Recorder:
+    """The queries, keys and values of each plan that was made, and its levels."""
+
+    def __init__(self):
+        self.made, self._build_plan = [], operations.build_plan
+
+    def __enter__(self):
+        operations.build_plan = self._record
+        return self.made
+
+    def __exit__(self, *_):
+        operations.build_plan = self._build_plan
+
+    def _record(self, query, key, value, config, **options):
+        plan = self._build_plan(query, key, value, config, **options)
+        self.made.append({"tensors": (query, key, value), "grid": options["grid"], "levels": plan.level_mask})
+        return plan
+
+
+def run(pipe, config, size=LARGE, **settings):
+    """A sparse run: latents, plans and statistics."""
+    with Recorder() as plans:
+        latents = generate(enable_psa(pipe, config), steps=4, **size | settings)
+    return {"latents": latents, "plans": plans, "statistics": psa_statistics(pipe).to_dict()}
+
+
+def sparse_cases() -> dict:
+    """Name -> (kind, settings of the model, PSA config, size, settings of context parallel)."""
+    sparse = tiny_config(compute_budget=0.4, backend="reference")
+    cases = {kind: (kind, {}, sparse, LARGE, {}) for kind in KINDS}
+    cases["kept plans"] = ("t2v", {}, tiny_config(refresh_every=2, backend="torch"), LARGE, {})
+    cases["top-k"] = ("t2v", {}, tiny_config(rule="topk", level_fractions=(0.3, 0.3), compute_budget=None), LARGE, {})
+    # diffusers gives the last process fewer heads and tokens.
+    uneven = {"num_attention_heads": 5}
+    cases["uneven"] = ("t2v", uneven, sparse, ODD, {"ulysses_anything": True})
+    return cases
+
+
+def one_expert_parallel():
+    """Only one of two transformers that share a processor is spread over the processes."""
+    pipe = make_pipeline("experts")
+    enable_psa(pipe, tiny_config(backend="reference"))
+    return run(make_parallel(pipe, names=("transformer",)), tiny_config(backend="reference"))
+
+
+def enabled_before_parallel():
+    pipe = enable_psa(make_pipeline(), tiny_config(backend="reference"))
+    return run(make_parallel(pipe), tiny_config(backend="reference"))
+
+
+def disabled_again():
+    pipe = make_parallel(make_pipeline())
+    native = generate(pipe, steps=2, **LARGE)
+    run(pipe, tiny_config(backend="reference"))
+    return {"equal": torch.equal(generate(disable_psa(pipe), steps=2, **LARGE), native)}
+
+
+def other_tokens(**settings):
+    """A model that drops a frame behind the patch embedding: the sequence is not the grid's."""
+    pipe = make_parallel(make_pipeline(), **settings)
+    model = pipe.transformer
+    model.patch_embedding.register_forward_hook(lambda module, args, output: output[:, :, :2].contiguous())
+    model.rope.register_forward_hook(lambda module, args, output: tuple(part[:, :24] for part in output))
+    model.proj_out.register_forward_hook(lambda module, args, output: torch.cat([output, output], 1))
+    generate(enable_psa(pipe, tiny_config()), steps=2, **LARGE)
+    return psa_statistics(pipe).to_dict()
+
+
+def error_of(pipe, size=LARGE):
+    try:
+        generate(enable_psa(pipe, tiny_config()), steps=2, **size)
+    except ValueError as error:
+        return str(error)
+
+
+def compiled():
+    pipe = make_parallel(make_pipeline())
+    enable_psa(pipe, tiny_config(backend="reference"))
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager")
+    return run(pipe, tiny_config(backend="reference"))
+
+
+def cases(has_anything: bool) -> dict:
+    results = {}
+    for name, (kind, model, config, size, parallel) in sparse_cases().items():
+        if has_anything or not (parallel or kind == "i2v"):  # 0.36 cannot split the text of image-to-video
+            results[name] = run(make_parallel(make_pipeline(kind, **model), **parallel), config, size)
+    results["one expert"] = one_expert_parallel()
+    results["enabled before"] = enabled_before_parallel()
+    results["disabled again"] = disabled_again()
+    results["other tokens"] = other_tokens()
+    if has_anything:
+        results["other tokens, uneven"] = other_tokens(ulysses_anything=True)
+    results["heads"] = error_of(make_parallel(make_pipeline(num_attention_heads=3)))
+    results["tokens"] = error_of(make_parallel(make_pipeline()), ODD)
+    results["compiled"] = compiled()
+    return results
+
+
+def gather_uneven(tensor, dim, group):
+    """In place of diffusers' gathering of parts of different sizes, which gloo does not do as NCCL does."""
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, tensor, group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def main(folder: str, rank: str, world: str) -> None:
+    from diffusers import ContextParallelConfig
+    from diffusers.hooks import context_parallel
+
+    torch.set_num_threads(1)
+    # Without an accelerator diffusers finds no device for a process; gloo and the CPU do for all that follows.
+    torch._C._get_accelerator = lambda *_: torch.device("cpu")
+    torch.accelerator.device_count = lambda: 1
+    store = dist.FileStore(f"{folder}/store", int(world))
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=patience)
+    context_parallel._all_gather_anything = gather_uneven
+    results = cases("ulysses_anything" in ContextParallelConfig.__dataclass_fields__)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
