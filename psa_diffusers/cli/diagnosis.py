@@ -93,7 +93,7 @@ def _transformer(question: Question, component: str, kind: str) -> dict[str, Any
     try:
         found["sparse_layers"] = sparse_layers(random_model(kind, settings))
     except ValueError as error:
-        return {**found, "sparse_layers": 0, "why_dense": first_line(error)}
+        return {**found, "sparse_layers": 0, "why_dense": first_line(error).removeprefix("PSAProcessor: ")}
     if kind not in EXAMPLE_INPUTS:
         return {**found, "no_forecast": f"psa-doctor cannot tell the tokens of {kind}, and so makes no estimate."}
     latents = _latents(question)

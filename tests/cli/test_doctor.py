@@ -166,6 +166,28 @@ def test_pipelines_that_psa_does_not_know(diagnosis, broken_model):
     assert "FluxTransformer2DModel" in found["problems"][0] and found["transformers"][0]["sparse_layers"] == 0
 
 
+def other_transformer(folder, name, **settings):
+    rewritten(folder, "model_index.json", transformer=["diffusers", name])
+    (folder / "transformer" / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_model_with_nothing_to_make_sparse(diagnosis, broken_model):
+    if not hasattr(diffusers, "SanaVideoTransformer3DModel"):
+        pytest.skip("this diffusers has no SanaVideo")
+    found = diagnosis(model=other_transformer(broken_model, "SanaVideoTransformer3DModel", num_layers=2), code=1)
+    (problem,) = found["problems"]
+    assert problem.startswith("SanaVideoTransformer3DModel stays dense: its attention is linear")
+
+
+def test_a_model_without_an_estimate(diagnosis, doctor, broken_model):
+    model = other_transformer(broken_model, "MochiTransformer3DModel", num_layers=2)
+    found = diagnosis(model=model)
+    assert found["sparse"] is True and found["estimate"] is found["measured"] is None
+    out = doctor(model=model)[1]
+    assert "2 layers would be sparse. psa-doctor cannot tell the tokens" in out and "No estimate" in out
+
+
 def test_a_class_of_another_diffusers(diagnosis, broken_model):
     rewritten(broken_model, "model_index.json", transformer=["diffusers", "FutureTransformer3DModel"])
     assert "has no class FutureTransformer3DModel" in diagnosis(model=broken_model, code=1)["problems"][0]
