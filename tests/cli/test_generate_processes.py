@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -17,7 +16,7 @@ from psa_diffusers.cli import processes
 from psa_diffusers.cli.errors import FAILED, WRONG_USAGE, WrongUsageError
 from psa_diffusers.cli.generation import _of_this_process
 from psa_diffusers.cli.output import plan_folders
-from psa_diffusers.metrics import read_video
+from psa_diffusers.metrics import psnr, read_video
 
 from .test_generate_many import finished, stamps
 
@@ -77,11 +76,11 @@ def test_prompts_are_shared_and_a_second_run_makes_nothing_anew(request_of, psa_
     before = stamps(out)
     assert psa_generate(*arguments, "--device", "cpu").code == 0
     assert stamps(out) == before
-    # The same as by one process.
+    # As by one process, but for rounding: native matrix products may differ in the last bit from process to process.
     assert psa_generate(*request_of(PROMPTS, "--steps", 2, "--device", "cpu"), "--output", tmp_path / "one").code == 0
     for number in ("002", "003"):
-        one, two = (read_video(folder / number / "video.mp4").astype(int) for folder in (tmp_path / "one", out))
-        assert np.abs(one - two).max() <= 2
+        one, two = (read_video(folder / number / "video.mp4") for folder in (tmp_path / "one", out))
+        assert psnr(one, two) > 45
 
 
 def test_a_failure_in_one_process_lets_the_other_finish(request_of, tmp_path):
