@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ..planning.plan import Plan
 
+MERGED_PAIRS = 2048  # at a time: what stays in a cache
+
 
 class Covariance(NamedTuple):
     """Of one head."""
@@ -48,3 +50,42 @@ def covariance_of_levels(levels: Tensor) -> Covariance:
     power = whole.square().sum()
     shares = torch.where(power > 0, (levels * whole).sum((1, 2)) / power, 0.0).clamp(0.0, 1.0)
     return Covariance(whole, torch.cat([shares.new_zeros(2), shares]))
+
+
+class CovarianceSum:
+    """Collects a head's covariance while groups are merged by twos, level after level.
+
+    Groups of n and m tokens whose means differ by dk and dv add ``n m / (n + m) dv dk^T`` to the sum over tokens of the
+    products of their deviations from the merged group's means: nothing cancels.
+    """
+
+    def __init__(self, like: Tensor, counted: Tensor, tokens: int | None) -> None:
+        """like [..., head_dim]; counted is bool [kv_blocks]; tokens is given where all are real and blocks whole."""
+        self.tokens = tokens
+        self.counted = None if bool(counted.all()) else counted
+        self.total = like.new_zeros(like.shape[1], like.shape[1])
+        self.levels: list[Tensor] = []
+
+    def add(self, key: Tensor, value: Tensor, first: Tensor, second: Tensor) -> None:
+        """key, value [2n, head_dim], the rows that are merged by twos; first, second [n], the tokens of each two."""
+        keys, values = key.unflatten(0, (-1, 2)), value.unflatten(0, (-1, 2))
+        weight = None if self.tokens is not None else first * second / (first + second).clamp(min=1)
+        even_weight = 1.0 if self.tokens is None else self.tokens / len(first) / 4
+        rows_per_block = 0 if self.counted is None else len(first) // len(self.counted)
+        for start in range(0, len(first), MERGED_PAIRS):
+            part = slice(start, start + MERGED_PAIRS)
+            key_gap, value_gap = (pair[part, 0] - pair[part, 1] for pair in (keys, values))
+            if weight is not None:
+                value_gap *= weight[part, None]
+            if self.counted is not None:
+                left_out = ~self.counted.repeat_interleave(rows_per_block)[part, None]
+                key_gap, value_gap = key_gap.masked_fill_(left_out, 0), value_gap.masked_fill_(left_out, 0)
+            self.total.addmm_(value_gap.mT, key_gap, alpha=even_weight)
+
+    def finish_level(self) -> None:
+        self.levels.append(self.total.clone())
+
+    def covariance(self, centroids: Tensor) -> Covariance:
+        """From the tokens of each block, [blocks]."""
+        tokens = (centroids if self.counted is None else centroids * self.counted).sum().clamp(min=1)
+        return covariance_of_levels(torch.stack(self.levels) / tokens)

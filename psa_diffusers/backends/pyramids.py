@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from ..planning.plan import Plan
-from .covariance import Covariance, covariance_of_levels
-
-MERGED_PAIRS = 2048  # at a time: what stays in a cache
+from .covariance import CovarianceSum
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class HeadPyramid:
-    """One head's keys, values and, when asked for, variances of the keys (a channel at a time)."""
+    """One head's keys, values and, when asked for, variances of the keys and covariance of the two."""
 
     tables: tuple[Tensor, ...]  # 2 or 3 times [rows, head_dim]: means over real tokens (keys scaled); 0 without any
     log_count: Tensor  # [rows] ln(real tokens); -inf without any
@@ -90,59 +88,21 @@ def build_head_pyramid(
     for variance in tables[2:]:
         variance[:capacity] = 0
     even = real is None and length == capacity
-    gathered = None if counted is None else _Gathered(tables[0], counted, capacity if even else None)
+    products = None if counted is None else CovarianceSum(tables[0], counted, capacity if even else None)
     for level in range(1, layout.num_levels + 1):
         fine, coarse = (slice(layout.starts[item], layout.starts[item + 1]) for item in (level - 1, level))
         rows, pooled = ([table[part] for table in tables] for part in (fine, coarse))
-        _merge(rows, count[fine], pooled, count[coarse], even, gathered)
-        if gathered is not None:
-            gathered.finish_level()
+        _merge(rows, count[fine], pooled, count[coarse], even, products)
+        if products is not None:
+            products.finish_level()
     centroids = count[layout.starts[-2] : layout.empty_row]
-    covariance = shares = None
-    if gathered is not None:
-        covariance, level_shares = gathered.covariance(centroids)
-        rows = torch.tensor([size * layout.blocks for size in layout.sizes] + [1], device=key.device)
-        shares = torch.cat([level_shares[1:], level_shares[:1]]).repeat_interleave(rows)
-    return HeadPyramid(tables, count.log(), None if even else centroids > 0, covariance, shares)
-
-
-class _Gathered:
-    """Collects the covariance of values with keys while groups are merged.
-
-    Groups of n and m tokens whose means differ by dk and dv add ``n m / (n + m) dv dk^T`` to the sum over tokens of the
-    products of their deviations from the merged group's means: nothing cancels.
-    """
-
-    def __init__(self, like: Tensor, counted: Tensor, tokens: int | None) -> None:
-        """``tokens`` is given where all are real and blocks are whole."""
-        self.tokens = tokens
-        self.counted = None if bool(counted.all()) else counted
-        self.total = like.new_zeros(like.shape[1], like.shape[1])
-        self.levels: list[Tensor] = []
-
-    def add(self, key: Tensor, value: Tensor, first: Tensor, second: Tensor) -> None:
-        """key, value [2n, head_dim], the rows that are merged by twos; first, second [n], the tokens of each two."""
-        keys, values = key.unflatten(0, (-1, 2)), value.unflatten(0, (-1, 2))
-        weight = None if self.tokens is not None else first * second / (first + second).clamp(min=1)
-        even_weight = 1.0 if self.tokens is None else self.tokens / len(first) / 4
-        rows_per_block = 0 if self.counted is None else len(first) // len(self.counted)
-        for start in range(0, len(first), MERGED_PAIRS):
-            part = slice(start, start + MERGED_PAIRS)
-            key_gap, value_gap = (pair[part, 0] - pair[part, 1] for pair in (keys, values))
-            if weight is not None:
-                value_gap *= weight[part, None]
-            if self.counted is not None:
-                left_out = ~self.counted.repeat_interleave(rows_per_block)[part, None]
-                key_gap, value_gap = key_gap.masked_fill_(left_out, 0), value_gap.masked_fill_(left_out, 0)
-            self.total.addmm_(value_gap.mT, key_gap, alpha=even_weight)
-
-    def finish_level(self) -> None:
-        self.levels.append(self.total.clone())
-
-    def covariance(self, centroids: Tensor) -> Covariance:
-        """From the tokens of each block, [blocks]."""
-        tokens = (centroids if self.counted is None else centroids * self.counted).sum().clamp(min=1)
-        return covariance_of_levels(torch.stack(self.levels) / tokens)
+    has_real = None if even else centroids > 0
+    if products is None:
+        return HeadPyramid(tables, count.log(), has_real, None, None)
+    covariance, shares = products.covariance(centroids)
+    rows = torch.tensor([size * layout.blocks for size in layout.sizes] + [1], device=key.device)
+    shares = torch.cat([shares[1:], shares[:1]]).repeat_interleave(rows)  # the empty row is a skipped one
+    return HeadPyramid(tables, count.log(), has_real, covariance, shares)
 
 
 def _take(tokens: Tensor, order: Tensor | None, *, out: Tensor) -> None:
@@ -159,16 +119,16 @@ def _merge(
     coarse: list[Tensor],
     count: Tensor,
     even: bool,
-    gathered: _Gathered | None,
+    products: CovarianceSum | None,
 ) -> None:
     """Merge rows by twos until there are as many as in ``coarse`` and ``count``, and write them there."""
     while len(fine_count) > 2 * len(count):
         half = len(fine_count) // 2
         between = [table.new_empty(half, table.shape[1]) for table in fine]
         between_count = fine_count.new_empty(half)
-        _halve(fine, fine_count, between, between_count, even, gathered)
+        _halve(fine, fine_count, between, between_count, even, products)
         fine, fine_count = between, between_count
-    _halve(fine, fine_count, coarse, count, even, gathered)
+    _halve(fine, fine_count, coarse, count, even, products)
 
 
 def _halve(
@@ -177,13 +137,13 @@ def _halve(
     coarse: list[Tensor],
     count: Tensor,
     even: bool,
-    gathered: _Gathered | None,
+    products: CovarianceSum | None,
 ) -> None:
     """Means, variances and counts of pairs of rows: coarse [n, head_dim] and count [n] from twice as many rows."""
     first, second = fine_count.unflatten(0, (-1, 2)).unbind(1)
     torch.add(first, second, out=count)
-    if gathered is not None:
-        gathered.add(fine[0], fine[1], first, second)
+    if products is not None:
+        products.add(fine[0], fine[1], first, second)
     # The share of the first row's tokens; 1/2 but at the end of the sequence and beside padding.
     share = 0.5 if even else (first / count.clamp(min=1))[:, None]
     for source, target in zip(fine, coarse, strict=True):

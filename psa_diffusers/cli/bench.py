@@ -19,7 +19,8 @@ EXAMPLE = """Time Pyramid Sparse Attention, planning included, against dense att
 
 Example: psa-bench --tokens 8192,16384 --compute-budget 0.15 --csv benchmarks/attention_cpu.csv
 
-Inputs are random with the structure of a video's. Dense is F.scaled_dot_product_attention; both take turns in one run.
+Inputs are random with the structure of a video's. Dense is the fastest dense attention of this machine: torch's own on
+a CPU; on a GPU each of torch's kernels is timed, and FlashAttention-3 if it is installed. All take turns in one run.
 """
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -32,6 +33,7 @@ def _option(help: str, *names: str) -> Any:
 def bench(
     tokens: Annotated[str, _option("Sequence lengths, separated by commas.")] = "8192",
     grid: Annotated[str | None, _option("Instead: the video's tokens as FRAMESxHEIGHTxWIDTH, by commas.")] = None,
+    shape: Annotated[str | None, _option("Instead: a model's call with its heads, by commas; ? lists them.")] = None,
     compute_budget: Annotated[str | None, _option("Compute budgets, by commas. Default: the config's.")] = None,
     heads: Annotated[int, _option("Attention heads.")] = 4,
     head_dim: Annotated[int, _option("Width of a head.")] = 64,
@@ -39,6 +41,7 @@ def bench(
     dtype: Annotated[str, _option(f"By commas: {', '.join(DTYPES)}.")] = "float32",
     device: Annotated[str, _option("cpu, cuda or cuda:N.")] = "cpu",
     preset: Annotated[str | None, _option("A named PSA config; an unknown name lists them.")] = None,
+    flex: Annotated[bool, _option("Also FlexAttention with a binary mask.", "--flex")] = False,
     backend: Annotated[str, _option("auto, triton, torch or reference.")] = "auto",
     repeats: Annotated[int, _option("How often each is timed.")] = 10,
     threads: Annotated[int | None, _option("CPU threads. Default: torch's.")] = None,
@@ -57,8 +60,12 @@ def bench(
     for name, number in sizes.items():
         if number is not None and number < 1:
             raise WrongUsageError(f"--{name} must be at least 1, but is {number}.")
-    cases = _cases(tokens, grid, compute_budget, preset, backend, dtype.split(","), device)
-    cases = [replace(case, heads=heads, head_dim=head_dim, batch=batch, seed=seed) for case in cases]
+    if shape is not None:
+        calls = _named_calls(shape)
+    else:
+        calls = [{"grid": sizes, "heads": heads, "head_dim": head_dim} for sizes in _grids(tokens, grid)]
+    cases = _cases(calls, compute_budget, preset, backend, dtype.split(","), device)
+    cases = [replace(case, batch=batch, seed=seed) for case in cases]
     if csv_file is not None:
         _check_csv(csv_file)
     if threads is not None:
@@ -69,7 +76,7 @@ def bench(
         for case in cases:
             bar.set_description(f"{case.tokens} tokens, {case.dtype}")
             with as_wrong_usage(ValueError):
-                rows.append(_row(case, measure(case, repeats, bar.update), environment))
+                rows.append(_row(case, measure(case, repeats, bar.update, with_flex=flex), environment))
             if csv_file is not None:  # row by row, so that Ctrl-C loses only what is not finished
                 _append_csv(csv_file, rows[-1])
     if as_json:
@@ -78,16 +85,32 @@ def bench(
         _show(rows)
 
 
+def _named_calls(names: str) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from ..benchmark import SHAPES
+
+    unknown = [name for name in names.split(",") if name not in SHAPES]
+    if unknown:
+        raise WrongUsageError(f"--shape must be of {', '.join(SHAPES)}, but is {', '.join(unknown)}.")
+    return [asdict(SHAPES[name]) for name in names.split(",")]
+
+
+def _grids(tokens: str, grid: str | None) -> list[tuple[int, int, int]]:
+    from ..benchmark import grid_of
+
+    if grid:
+        return [_sizes(text) for text in grid.split(",")]
+    return [grid_of(number) for number in _numbers(tokens, int, "tokens")]
+
+
 def _cases(
-    tokens: str, grid: str | None, budgets: str | None, preset: str | None, backend: str, dtypes: list[str], device: str
+    calls: list[dict[str, Any]], budgets: str | None, preset: str | None, backend: str, dtypes: list[str], device: str
 ) -> list:
-    """Every grid x compute budget x dtype."""
-    from ..benchmark import BenchCase, grid_of
+    """Every call x dtype x compute budget."""
+    from ..benchmark import BenchCase
     from ..config import PSAConfig
 
-    grids = (
-        [_sizes(text) for text in grid.split(",")] if grid else [grid_of(n) for n in _numbers(tokens, int, "tokens")]
-    )
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise WrongUsageError(f"--dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
@@ -97,7 +120,7 @@ def _cases(
         configs = [config]
         if budgets is not None:
             configs = [replace(config, compute_budget=x) for x in _numbers(budgets, float, "compute-budget")]
-    return [BenchCase(g, c, dtype=t, device=device) for g in grids for t in dtypes for c in configs]
+    return [BenchCase(**call, config=c, dtype=t, device=device) for call in calls for t in dtypes for c in configs]
 
 
 def _numbers(text: str, kind: type, name: str) -> list:
@@ -154,6 +177,7 @@ def _row(case, figures: dict[str, Any], environment: dict[str, Any]) -> dict[str
     sizes = {
         "tokens": case.tokens,
         "grid": "x".join(map(str, case.grid)),
+        "text_tokens": case.text_tokens,
         "batch": case.batch,
         "heads": case.heads,
         "head_dim": case.head_dim,

@@ -23,10 +23,10 @@ def register_processor(processor: Any) -> int:
 @torch.library.custom_op(
     "psa_diffusers::self_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor position, int processor, float? scale, bool shared) "
-    "-> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor position, int processor, "
+    "float? scale, bool padded, bool shared) -> Tensor",
 )
-def self_attention(query, key, value, position, processor, scale, shared):
+def self_attention(query, key, value, position, processor, scale, padded, shared):
     """One sparse call: planning, attention and counting run as they do uncompiled.
 
     Args:
@@ -35,16 +35,17 @@ def self_attention(query, key, value, position, processor, scale, shared):
             compile each layer anew.
         processor: From :func:`register_processor`.
         scale: Factor of the logits; None = the default.
+        padded: The native masks padding.
         shared: The tokens are a part of a sequence that is spread over processes.
 
     Returns:
         [batch, seq, heads, head_dim], contiguous.
     """
-    return _processors[processor].attend_at(query, key, value, int(position), scale, shared).contiguous()
+    return _processors[processor].attend_at(query, key, value, int(position), scale, padded, shared).contiguous()
 
 
 @self_attention.register_fake
-def _(query, key, value, position, processor, scale, shared) -> Tensor:
+def _(query, key, value, position, processor, scale, padded, shared) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 

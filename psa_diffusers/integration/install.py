@@ -8,10 +8,10 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import PSAConfig
+from .models import find_row, known_transformers
 from .native import PATCH, detach, set_processor
 from .processor import PSAProcessor, installed_processors, transformers_of
 from .statistics import PSAStatistics
-from .tokens import known_transformers
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +19,8 @@ logger = logging.get_logger(__name__)
 def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = None) -> Any:
     """Run the video self-attention of every transformer of a pipeline by Pyramid Sparse Attention.
 
-    Enabling again replaces the settings. A transformer that is not known here stays as it is, with a warning.
+    Enabling again replaces the settings. A transformer that is not known here, or has nothing to make
+    sparse, stays as it is, with a warning that says why.
 
     Args:
         pipe: A diffusers video pipeline (or a transformer; see :class:`PSAProcessor` for what that needs).
@@ -70,18 +71,20 @@ def psa_statistics(pipe: Any) -> PSAStatistics:
 
 
 def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:
-    """Say which transformers stay dense."""
+    """Say which transformers stay dense, and why."""
     parts = {"model": pipe} if isinstance(pipe, nn.Module) else pipe.components
-    known = {id(model) for model in models}
+    sparse = {id(model) for model in models}
     found = {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    strangers = [
-        f"{name} ({type(part).__name__})"
+    strangers = {
+        name: part
         for name, part in found.items()
-        if id(part) not in known and ("transformer" in name or "Transformer" in type(part).__name__)
-    ]
-    if strangers:
-        logger.warning(f"PSA leaves {', '.join(strangers)} dense; it knows {', '.join(known_transformers())}.")
-    elif not models:
+        if id(part) not in sparse and ("transformer" in name or "Transformer" in type(part).__name__)
+    }
+    for name, part in strangers.items():
+        row = find_row(part)
+        why = row.dense if row else f"PSA does not know this model. It knows {', '.join(known_transformers())}"
+        logger.warning(f"PSA leaves {name} ({type(part).__name__}) dense: {why}.")
+    if not strangers and not models:
         raise ValueError(
             f"enable_psa: {type(pipe).__name__} has no video transformer; PSA knows {', '.join(known_transformers())}."
         )

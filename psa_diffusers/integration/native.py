@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import logging
 from torch import nn
 
 from .compiled import leave_graph
+from .models import ModelRow, find_row
 from .schedule import CallContext
-from .tokens import ModelRow, find_row
 
 logger = logging.get_logger(__name__)
 
@@ -52,10 +54,11 @@ class AttentionSlot:
     sparse: bool = False
     dense_reason: str = OUTSIDE
     in_use: bool = False  # a sparse processor was on the module
+    calls: int = 0  # sparse ones in this forward
 
     def decide(self, dense_reason: str | None) -> None:
-        """Run sparse, or dense for this reason."""
-        self.in_use = True
+        """Run sparse, or dense for this reason, from now on."""
+        self.in_use, self.calls = True, 0
         self.sparse, self.dense_reason = dense_reason is None, dense_reason or ""
 
 
@@ -106,13 +109,13 @@ def attach(model: nn.Module) -> ModelPatch:
 
 
 def _slot_of(model: nn.Module, row: ModelRow, name: str, module: nn.Module, position: int) -> AttentionSlot:
-    native, slot = _native_of(module), getattr(module, SLOT, None)
+    native, slot = _native_of(model, row, name, module), getattr(module, SLOT, None)
     if slot is None or slot.native is not native:
         slot = module.__dict__[SLOT] = AttentionSlot(
             native,
             name,
             layer=row.layer(model, name),
-            self_attention=row.is_self_attention(name, module),
+            self_attention=row.is_self_attention(name),
             known=type(native).__name__ in row.natives,
             position=torch.tensor(position, device="cpu"),
         )
@@ -122,9 +125,10 @@ def _slot_of(model: nn.Module, row: ModelRow, name: str, module: nn.Module, posi
 def detach(model: nn.Module) -> None:
     """Put back every native processor that a sparse one displaced, and leave nothing behind."""
     _remove_hooks(model)
-    for module in model.modules():
+    row = find_row(model)
+    for name, module in model.named_modules():
         if isinstance(getattr(module, "processor", None), SparseProcessor):
-            set_processor(module, _native_of(module))
+            set_processor(module, _native_of(model, row, name, module))
         module.__dict__.pop(SLOT, None)
 
 
@@ -145,21 +149,30 @@ def _remove_hooks(model: nn.Module) -> None:
         del model.__dict__["cache_context"]
 
 
-def _native_of(module: nn.Module) -> Any:
+def _native_of(model: nn.Module, row: ModelRow, name: str, module: nn.Module) -> Any:
     if not isinstance(module.processor, SparseProcessor):
         return module.processor
     slot = getattr(module, SLOT, None)
-    # Without a slot the native is gone: a PSAProcessor made without the model was set. Modules know their default.
-    return slot.native if slot is not None else module._default_processor_cls()
+    return slot.native if slot is not None else _default_native(model, row, name, module)
+
+
+def _default_native(model: nn.Module, row: ModelRow, name: str, module: nn.Module) -> Any:
+    """What the model sets itself: the native is gone where a PSAProcessor that was made without the model was set."""
+    default = getattr(module, "_default_processor_cls", AttnProcessor2_0)  # newer modules know it
+    if row.is_self_attention(name):
+        homes = {sys.modules[type(part).__module__] for part in model.modules()}
+        default = next(getattr(home, row.natives[0]) for home in homes if hasattr(home, row.natives[0]))
+    return default()
 
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         leave_graph()
     patch = getattr(model, PATCH)
-    arguments = patch.signature.bind_partial(model, *args, **kwargs).arguments
+    bound = patch.signature.bind(model, *args, **kwargs)
+    bound.apply_defaults()
     for processor in patch.processors():
-        processor.begin_forward(model, patch, arguments)
+        processor.begin_forward(model, patch, bound.arguments)
     _report_replaced(patch)
 
 
@@ -244,8 +257,9 @@ def widen_signature(function: Callable[..., Any], natives: set[type]) -> None:
     positional = [named.pop(name) for name in ("self", "attn")]
     others = {name: p for name, p in named.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     for native in natives:
-        for name in list(inspect.signature(native.__call__).parameters)[2:]:
-            others[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in list(inspect.signature(native.__call__).parameters.items())[2:]:
+            if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                others[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
     function.__signature__ = inspect.Signature([*positional, *others.values()])
 
 

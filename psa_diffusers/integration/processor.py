@@ -18,10 +18,11 @@ from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations, parallel
 from .compiled import register_processor
+from .models import ModelRow, find_row, known_transformers
 from .native import OUTSIDE, PATCH, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
 from .statistics import PSAStatistics
-from .tokens import TokenLayout, find_row, known_transformers
+from .tokens import TokenLayout
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,7 @@ class ForwardCall:
     layout: TokenLayout | None
     branch: str | int
     slots: tuple[AttentionSlot, ...]
+    calls: int = 1  # of the attention function by each attention module
 
 
 class PSAProcessor(SparseProcessor):
@@ -63,7 +65,7 @@ class PSAProcessor(SparseProcessor):
         config: Settings; default ``PSAConfig()``.
 
     Raises:
-        ValueError: no transformer of the pipeline is known here (the message lists those that are).
+        ValueError: no transformer of the pipeline can be sparse (the message says why, or lists those that can).
         TypeError: an argument is of another type.
     """
 
@@ -75,10 +77,7 @@ class PSAProcessor(SparseProcessor):
         self.config = config or PSAConfig()
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []
         if pipe_or_model is not None and not models:
-            raise ValueError(
-                f"PSAProcessor: {type(pipe_or_model).__name__} has no transformer that PSA knows; known are "
-                f"{', '.join(known_transformers())}."
-            )
+            raise ValueError(f"PSAProcessor: {_why_none(pipe_or_model)}")
         is_pipe = bool(models) and not isinstance(pipe_or_model, nn.Module)
         self._pipe = weakref.ref(pipe_or_model) if is_pipe else _no_pipe
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
@@ -94,17 +93,17 @@ class PSAProcessor(SparseProcessor):
         self._call = ForwardCall(None, None, 0, ())
         self._slot: AttentionSlot | None = None  # the attention module that is being called
         self._counted: tuple[Step | None, int, int] = (None, 0, 0)  # step, transformer, forwards of it in the step
-        self._plans: dict[tuple[AttentionSlot, str | int], tuple[int, tuple, Plan]] = {}
+        self._plans: dict[tuple[AttentionSlot, str | int, int], tuple[int, tuple, TokenLayout, Plan]] = {}
         self._warned = False
 
     def _build_routes(self) -> None:
         self._id, self._prepared = register_processor(self), bool(self._slots)
         # Now, and one a class, so that a compiled block finds one and the same function at every call.
+        widen_signature(PSAProcessor.__call__, {type(slot.native) for slot in self._slots})
         natives = {type(slot.native) for slot in self._slots if slot.self_attention}
         known = {type(slot.native) for slot in self._slots if slot.self_attention and slot.known}
         routes = {native: reroute(native, self._attention) for native in known}
         self._routes = {native: route for native, route in routes.items() if route is not None}
-        widen_signature(PSAProcessor.__call__, natives)
         for native in natives - set(self._routes):
             logger.warning(f"PSA cannot reroute {native.__name__}: the attention that it computes stays dense.")
 
@@ -161,8 +160,6 @@ class PSAProcessor(SparseProcessor):
         slots = patch.slots_of(self)
         if not any(slot in self._slots for slot in slots):
             raise ValueError(NO_NATIVES)
-        layout = patch.row.layout(model, arguments)
-        self._check_parallel(patch, layout)
         step, new_run = self._clock.locate(self._pipe(), arguments.get("timestep"), patch.context, self._explicit)
         if new_run:
             self.statistics.reset()
@@ -170,21 +167,29 @@ class PSAProcessor(SparseProcessor):
             self._plans.clear()
         if step is not None:
             self.statistics.count_step(step)
-        reason = dense_reason(step, self.config)
+        layout, reason = None, dense_reason(step, self.config)
         if reason == STEP_UNKNOWN:
             self._warn_of_unknown_step()
-        elif reason is None and layout is None:
-            reason = "token grid unknown"
+        if reason is None or self._context_of(patch) is not None:
+            layout = patch.row.layout(model, arguments)
+            if isinstance(layout, str):
+                layout, reason = None, reason or layout
+        self._check_parallel(patch, layout)
         branch = self._branch(model, patch, step, new_run)
-        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention))
+        calls = len(arguments["hidden_states"]) if patch.row.one_sample_a_call else 1
+        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention), calls)
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
         self._count_compiled(patch, slots)
 
+    def _context_of(self, patch: ModelPatch) -> Any | None:
+        """The context-parallel settings of this transformer's self-attention, if it has some."""
+        own = [slot for _, slot in patch.attention if slot.self_attention]
+        return parallel.ulysses_of(_first_of(own, "_parallel_config"))
+
     def _check_parallel(self, patch: ModelPatch, layout: TokenLayout | None) -> None:
-        own = [(module, slot) for module, slot in patch.attention if slot.self_attention]
-        context = parallel.ulysses_of(_first_of([slot for _, slot in own], "_parallel_config"))
-        parallel.check_sizes(context, [module for module, _ in own], None if layout is None else layout.length)
+        own = [module for module, slot in patch.attention if slot.self_attention]
+        parallel.check_sizes(self._context_of(patch), own, None if layout is None else layout.length)
 
     def end_forward(self, patch: ModelPatch) -> None:
         """The transformer call is over, by its end or by an error (called by its hook)."""
@@ -201,7 +206,7 @@ class PSAProcessor(SparseProcessor):
         blocks = patch.compiled()
         for slot in slots if blocks else ():
             if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
-                self.statistics.count_dense(slot.dense_reason)
+                self.statistics.count_dense(slot.dense_reason, self._call.calls)
 
     def _branch(self, model: nn.Module, patch: ModelPatch, step: Step | None, new_run: bool) -> str | int:
         """Which of a step's forwards this is: as the pipeline names it, else by its number in the step."""
@@ -229,44 +234,60 @@ class PSAProcessor(SparseProcessor):
             self._slot = slot
             return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
         if slot.self_attention and not torch.compiler.is_compiling():
-            self.statistics.count_dense(slot.dense_reason)
+            self.statistics.count_dense(slot.dense_reason, self._call.calls)
         return slot.native(attn, *args, **kwargs)
 
     def _attention(self, dense: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Stands in for the attention function of a native processor; [batch, seq, heads, head_dim]."""
         reason, scale = self._dense_reason_of(query, key, value, options), options.get("scale")
-        shared = options.get("parallel_config")
+        padded, shared = options.get("attn_mask") is not None, options.get("parallel_config")
         if torch.compiler.is_compiling():
             if reason is not None:
                 return dense(query, key, value, **options)
             place, share = self._slot.position, shared is not None
-            return torch.ops.psa_diffusers.self_attention(query, key, value, place, self._id, scale, share)
+            return torch.ops.psa_diffusers.self_attention(query, key, value, place, self._id, scale, padded, share)
         if reason is None:
             try:
-                return self._attend(query, key, value, self._slot, scale, shared)
+                return self._attend(query, key, value, self._slot, scale, padded, shared)
             except parallel.OtherTokensError:
                 reason = OTHER_TOKENS
         self.statistics.count_dense(reason)
         return dense(query, key, value, **options)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None, shared: Any = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot: AttentionSlot,
+        scale: float | None,
+        padded: bool,
+        shared: Any = None,
     ) -> Tensor:
         """One sparse call; ``shared`` is the parallel config that spreads its tokens over processes, if one does."""
+        attend = partial(self._attend_sequence, slot=slot, scale=scale, padded=padded)
         if shared is None:
-            return self._attend_sequence(query, key, value, slot, scale)
-        attend = partial(self._attend_sequence, slot=slot, scale=scale, group=parallel.heads_group(shared))
+            return attend(query, key, value)
+        attend = partial(attend, group=parallel.heads_group(shared))
         return parallel.attend_full_sequence(attend, query, key, value, shared)
 
     def _attend_sequence(
-        self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None, group: Any = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot: AttentionSlot,
+        scale: float | None,
+        padded: bool,
+        group: Any = None,
     ) -> Tensor:
         """Plan, compute and count; full sequences, and all heads but those that other processes of the group hold."""
         statistics, config = self.statistics, self.config
-        if key.shape[1] != self._call.layout.length:
+        if self._call.layout.of_length(key.shape[1]) is None:
             raise parallel.OtherTokensError(key.shape[1], self._call.layout.length)
         with statistics.timed("planning", query.device):
-            plan = self._plan(query, key, value, slot, scale, group)
+            plan = self._plan(query, key, value, slot, scale, padded, group)
+        slot.calls += 1
         if statistics.backend is None:
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device):
@@ -275,48 +296,68 @@ class PSAProcessor(SparseProcessor):
         return output
 
     def attend_at(
-        self, query: Tensor, key: Tensor, value: Tensor, position: int, scale: float | None, shared: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: int,
+        scale: float | None,
+        padded: bool,
+        shared: bool,
     ) -> Tensor:
         """One sparse call, for the attention module at this position of the transformer that is running."""
         slot = self._call.slots[position]
-        return self._attend(query, key, value, slot, scale, slot.native._parallel_config if shared else None)
+        return self._attend(query, key, value, slot, scale, padded, slot.native._parallel_config if shared else None)
 
     def _dense_reason_of(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> str | None:
         """Why this call cannot be sparse, by what the native processor asks for; None where it can."""
-        layout, context = self._call.layout, parallel.ulysses_of(options.get("parallel_config"))
-        query_length, key_length = (parallel.full_length(context, x.shape[1], layout.length) for x in (query, key))
+        mask, context = options.get("attn_mask"), parallel.ulysses_of(options.get("parallel_config"))
+        expected = self._call.layout.length
+        length, key_length = (parallel.full_length(context, x.shape[1], expected) for x in (query, key))
+        layout = self._call.layout.of_length(length)
         reasons = {
-            "attention mask": options.get("attn_mask") is not None,
+            "attention mask": mask is not None and not (layout and layout.explains(mask, len(query), length)),
             "causal attention": options.get("is_causal", False),
             "dropout": options.get("dropout_p", 0.0) > 0,
             "grouped queries": options.get("enable_gqa", False) or key.shape[2] != query.shape[2],
             "context parallel": context is None and options.get("parallel_config") is not None,
             # Each process would hold a part of these, so that the full sequence is in another order.
-            "context parallel with text tokens": context is not None and layout.extra_tokens > 0,
+            "context parallel with text tokens": context is not None and self._call.layout.has_others,
             "gradients needed": torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
-            OTHER_TOKENS: not query_length == key_length == layout.length,
+            OTHER_TOKENS: layout is None or length != key_length,
             "one block of keys": key_length <= self.config.kv_block_size,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _plan(
-        self, query: Tensor, key: Tensor, value: Tensor, slot: AttentionSlot, scale: float | None, group: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot: AttentionSlot,
+        scale: float | None,
+        padded: bool,
+        group: Any = None,
     ) -> Plan:
         """A new plan, or the one of an earlier step while ``refresh_every`` allows."""
-        call, config = self._call, self.config
-        owner = (slot, call.branch)
-        facts = (query.shape, key.shape, query.device, call.layout.grid)
-        made, made_for, plan = self._plans.pop(owner, (-1, None, None))
-        if plan is None or made_for != facts or not 0 < call.step.index - made < config.refresh_every:
-            layout, made = call.layout, call.step.index
-            where = {"grid": layout.grid, "full_tokens": layout.full_tokens, "key_lengths": layout.key_lengths}
+        call, config, layout = self._call, self.config, self._call.layout.of_length(query.shape[1])
+        owner, facts = (slot, call.branch, slot.calls), (query.shape, key.shape, query.device, padded)
+        made, made_for, made_in, plan = self._plans.pop(owner, (-1, None, layout, None))
+        kept = made_for == facts and layout.same_as(made_in)
+        if not kept or not 0 < call.step.index - made < config.refresh_every:
+            made = call.step.index
+            where = {
+                "grid": layout.grid,
+                "full_tokens": layout.full_tokens(query.shape[1]),
+                "key_lengths": layout.key_lengths if padded else None,
+            }
             if group is not None:
                 where["heads_group"] = group
             plan = operations.build_plan(query, key, value, config, scale=scale, **where)
         ahead = call.step.index + 1
         sparse_until = call.step.total - dense_steps(config.dense_last, call.step.total)
         if ahead < min(made + config.refresh_every, sparse_until):
-            self._plans[owner] = (made, facts, plan)
+            self._plans[owner] = (made, facts, layout, plan)
         return plan
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -344,11 +385,16 @@ class PSAProcessor(SparseProcessor):
 
 
 def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
-    """The transformers of a pipeline (or the model itself) that have a row, each once.
+    """The transformers of a pipeline (or the model itself) that can be sparse, each once.
 
     Raises:
         TypeError: it is neither a pipeline nor a model.
     """
+    return [model for model, row in _known_models(pipe_or_model) if not row.dense]
+
+
+def _known_models(pipe_or_model: Any) -> list[tuple[nn.Module, ModelRow]]:
+    """The models that have a row, each once, with it."""
     if isinstance(pipe_or_model, nn.Module):
         components = [pipe_or_model]
     elif isinstance(getattr(pipe_or_model, "components", None), Mapping):
@@ -357,7 +403,16 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
         raise TypeError(f"PSA needs a diffusers pipeline or a transformer, but got a {type(pipe_or_model).__name__}.")
     # A compiled model keeps its original as _orig_mod.
     models = [getattr(module, "_orig_mod", module) for module in components if isinstance(module, nn.Module)]
-    return list({id(model): model for model in models if find_row(model) is not None}.values())
+    rows = {id(model): (model, find_row(model)) for model in models}
+    return [(model, row) for model, row in rows.values() if row is not None]
+
+
+def _why_none(pipe_or_model: Any) -> str:
+    dense = [f"{type(model).__name__} stays dense: {row.dense}." for model, row in _known_models(pipe_or_model)]
+    if dense:
+        return " ".join(dense)
+    known = ", ".join(known_transformers())
+    return f"{type(pipe_or_model).__name__} has no transformer that PSA knows; known are {known}."
 
 
 def installed_processors(models: list[nn.Module]) -> list[PSAProcessor]:

@@ -1,108 +1,167 @@
-"""What this package knows of each model: which attention is video self-attention, and where its tokens lie."""
+"""Where the tokens of a forward lie: the video's grid, text and conditioning around it, and what of them is padding."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+NO_GRID = "token grid unknown"
+
+Grid = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """The tokens of a joint sequence, as one forward of the transformer sees them.
+    """The tokens that self-attention sees in one forward: ``before``, then the video in raster order, then ``after``.
+
+    What lies before and after the video (text, conditioning) is kept at full resolution.
 
     Attributes:
-        grid: (frames, height, width) of the video tokens, in tokens. They are in raster order.
-        full_tokens: Where text and conditioning tokens lie in the sequence; None = there are none.
-        extra_tokens: How many of those there are.
-        key_lengths: int [batch], tokens from that one on are padding; None = nothing is padded.
+        grid: (frames, height, width) of the video, in tokens.
+        before, after: How many other tokens there are on each side.
+        after_varies: The model drops padded text before attention: from none to ``after`` tokens may be there.
+        key_lengths: int [batch], tokens from that one on are padding, wherever the native masks it; None = nothing is.
+        elsewhere: The tokens that other blocks of the model see, told apart by how many there are.
+        padding_of: The tensors that key_lengths was read from. Pipelines give the same ones to every step of a run.
     """
 
-    grid: tuple[int, int, int]
-    full_tokens: slice | None = None
-    extra_tokens: int = 0
-    key_lengths: torch.Tensor | None = None
+    grid: Grid
+    before: int = 0
+    after: int = 0
+    after_varies: bool = False
+    key_lengths: Tensor | None = None
+    padding_of: tuple[Tensor, ...] = ()
+    elsewhere: TokenLayout | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of the whole sequence."""
-        frames, height, width = self.grid
-        return frames * height * width + self.extra_tokens
+        """Tokens of the whole sequence, before padded text is dropped."""
+        return self.before + math.prod(self.grid) + self.after
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are tokens beside the video's."""
+        return self.before + self.after > 0
+
+    def of_length(self, length: int) -> TokenLayout | None:
+        """The layout of a sequence of this length: this one or ``elsewhere``; None if neither can have it."""
+        others = length - math.prod(self.grid) - self.before
+        if 0 <= others <= self.after if self.after_varies else others == self.after:
+            return self
+        return None if self.elsewhere is None else self.elsewhere.of_length(length)
+
+    def same_as(self, other: TokenLayout) -> bool:
+        """Whether the tokens are certain to lie alike; what is padding is not compared, which would wait for a GPU."""
+        shape, others = ((one.grid, one.before, one.after, len(one.padding_of)) for one in (self, other))
+        return shape == others and all(a is b for a, b in zip(self.padding_of, other.padding_of, strict=True))
+
+    def full_tokens(self, length: int) -> slice | Tensor | None:
+        """The tokens outside the grid in a sequence of this length: a slice, or bool [length] on the CPU."""
+        end = self.before + math.prod(self.grid)
+        if self.before and length > end:
+            return _around(self.before, end, length)
+        if self.before:
+            return slice(0, self.before)
+        return slice(end, length) if length > end else None
+
+    def explains(self, mask: Tensor, batch: int, length: int) -> bool:
+        """Whether an attention mask hides just the padding that ``key_lengths`` tells of.
+
+        Padded keys are hidden from all queries (bool [batch, 1, 1, length]), or also padded queries from all keys (bool
+        [batch, 1, length, length]): what those queries get is padding again. On a CPU the mask's values are compared,
+        elsewhere only its shape, since reading them would wait for the device.
+        """
+        if self.key_lengths is None or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            return False
+        if tuple(mask.shape) not in ((batch, 1, 1, length), (batch, 1, length, length)):
+            return False
+        if len(self.key_lengths) != batch:
+            return False
+        if torch.compiler.is_compiling() or mask.device.type != "cpu":
+            return True
+        real = torch.arange(length)[None, :] < self.key_lengths.cpu()[:, None]
+        expected = real[:, None, None, :]
+        if mask.shape[2] == length:
+            expected = expected & real[:, None, :, None]
+        return torch.equal(mask, expected)
 
 
-@dataclass(frozen=True)
-class ModelRow:
-    """One model family. Another family comes by adding a row to ``ROWS``.
+@lru_cache(maxsize=64)
+def _around(start: int, end: int, length: int) -> Tensor:
+    mask = torch.ones(length, dtype=torch.bool)
+    mask[start:end] = False
+    return mask
 
-    Attributes:
-        transformers: Class names of the root transformers.
-        natives: Class names of the attention processors that may be rerouted; others are left alone.
-        is_self_attention: (module's name, module) -> whether it is attention of the video tokens to themselves.
-        layout: (model, the forward's arguments by name) -> the tokens, or None where they are not known.
-        layer: (model, module's name) -> index of the transformer block, as ``dense_layers`` counts.
+
+# -- what is read from tensors ------------------------------------------------------------------------------------
+
+
+def once_a_tensor(compute: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Remember what was computed of a tensor as long as it lives unchanged.
+
+    Pipelines give the same masks and coordinates to every step: so a GPU is waited for once a run.
     """
+    known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    transformers: tuple[str, ...]
-    natives: tuple[str, ...]
-    is_self_attention: Callable[[str, nn.Module], bool]
-    layout: Callable[[nn.Module, Mapping[str, Any]], TokenLayout | None]
-    layer: Callable[[nn.Module, str], int]
+    @wraps(compute)
+    def recall(tensor: Tensor) -> Any:
+        version = None if tensor.is_inference() else tensor._version
+        seen, result = known.get(tensor, (None, None))
+        if result is None or seen != version:
+            result = compute(tensor)
+            known[tensor] = (version, result)
+        return result
 
-
-def patched_grid(shape: torch.Size, patch_size: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    """Token grid of latents [batch, channels, frames, height, width] cut into patches; None if they are not 5-D."""
-    if len(shape) != 5:
-        return None
-    frames, height, width = (size // patch for size, patch in zip(shape[2:], patch_size, strict=True))
-    return frames, height, width
+    return recall
 
 
-def block_index(model: nn.Module, name: str) -> int:
-    """The first number in a module's path: ``blocks.3.attn1`` is in block 3."""
-    number = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(number.group(1)) if number else 0
+def real_counts(mask: Tensor) -> Tensor:
+    """int64 [batch] on the mask's device: how many tokens of a padding mask [batch, tokens] are real. Nothing waits."""
+    return mask.to(torch.int64).sum(1)
 
 
-def _is_attn1(name: str, module: nn.Module) -> bool:
-    return name.endswith(".attn1")
+@once_a_tensor
+def padded_at_the_end(mask: Tensor) -> bool:
+    """Whether all the padding of a mask [batch, tokens] comes after what is real. Waits for the mask's device."""
+    real = mask.bool()
+    return bool((real[:, 1:] <= real[:, :-1]).all())
 
 
-def _wan_layout(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | None:
-    # Image-to-video concatenates its condition along the channels, and control (VACE) is padded to the video's
-    # length: the sequence is the video alone.
-    latents = arguments.get("hidden_states")
-    grid = patched_grid(latents.shape, model.config.patch_size) if isinstance(latents, torch.Tensor) else None
-    return TokenLayout(grid) if grid else None
+@once_a_tensor
+def raster_at_the_end(coordinates: Tensor) -> Grid | tuple[()]:
+    """The grid that the last of these tokens form in raster order; () where it would be less than half of them.
+
+    Args:
+        coordinates: [tokens, 3], time, height and width of each. Waits for their device.
+    """
+    place = coordinates.detach().to("cpu", torch.float64)
+    count = len(place)
+    width = _run_at_the_end(place[:, :2])
+    frame = _run_at_the_end(place[:, :1])
+    if count == 0 or frame % width:
+        return ()
+    frames = place[count % frame :].view(-1, frame, 3)
+    # From the last frame back: the same places within a frame, one time a frame, and each time before the next.
+    same = (frames[:, :, 1:] == frames[-1:, :, 1:]).all(2).all(1)
+    same &= (frames[:, :, 0] == frames[:, :1, 0]).all(1)
+    times = frames[:, 0, 0]
+    same[:-1] &= times[:-1] < times[1:]
+    number = int(same.flip(0).long().cumprod(0).sum())
+    rows = frames[-1].view(-1, width, 3)
+    regular = bool((rows[:, :, 2] == rows[:1, :, 2]).all()) and bool((rows[1:, 0, 1] > rows[:-1, 0, 1]).all())
+    regular = regular and bool((rows[:, 1:, 2] > rows[:, :-1, 2]).all())
+    if not regular or 2 * number * frame < count:
+        return ()
+    return number, frame // width, width
 
 
-def _wan_layer(model: nn.Module, name: str) -> int:
-    # A VACE block runs beside the main block that it steers: dense_layers means both.
-    index = block_index(model, name)
-    return model.config.vace_layers[index] if name.startswith("vace_blocks.") else index
-
-
-ROWS = (
-    ModelRow(
-        # Wan 2.1 and 2.2: T2V, I2V, TI2V, VACE, and A14B's two experts. attn2 is cross-attention to text and image.
-        transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
-        natives=("WanAttnProcessor", "WanAttnProcessor2_0"),
-        is_self_attention=_is_attn1,
-        layout=_wan_layout,
-        layer=_wan_layer,
-    ),
-)
-
-
-def find_row(model: nn.Module) -> ModelRow | None:
-    """The row of this transformer, or of a class that it derives from."""
-    names = [base.__name__ for base in type(model).__mro__]
-    return next((row for name in names for row in ROWS if name in row.transformers), None)
-
-
-def known_transformers() -> list[str]:
-    """Class names of all the transformers that have a row."""
-    return [name for row in ROWS for name in row.transformers]
+def _run_at_the_end(values: Tensor) -> int:
+    """How many of the last rows are equal to the last one, without a break."""
+    return int((values == values[-1:]).all(1).flip(0).long().cumprod(0).sum())

@@ -190,6 +190,7 @@ class _Planner:
                 second[:, heads],
                 samples.of_heads(heads),
                 spread.of_heads(heads),
+                self.layout.full_query_blocks,
                 scale=self.scale,
             )
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))

@@ -33,7 +33,15 @@ _COHERENCE = 0.1
 _SHRINKAGE = 0.75
 
 
-def pair_errors(importance: Importance, second: Tensor, query: Samples, spread: Spread, *, scale: float) -> Tensor:
+def pair_errors(
+    importance: Importance,
+    second: Tensor,
+    query: Samples,
+    spread: Spread,
+    full_query_blocks: Tensor | None = None,
+    *,
+    scale: float,
+) -> Tensor:
     """Expected squared output error of each pair at levels 2 .. num_levels and the centroid; level 1 has none.
 
     In units of the head's mean squared output, so that heads of small values count like others.
@@ -42,6 +50,8 @@ def pair_errors(importance: Importance, second: Tensor, query: Samples, spread: 
         importance: of all pairs; second: float32 [batch, heads, query_blocks, kv_blocks], the second estimate of
             ``importance.energy``.
         query: sampled queries; scale: factor on the logits.
+        full_query_blocks: bool [query_blocks], rows that are level 1 anyway, with text that may be padding: they have
+            no say in the unit. None = there are none.
 
     Returns:
         float32 [num_levels, batch, heads, query_blocks, kv_blocks].
@@ -52,7 +62,7 @@ def pair_errors(importance: Importance, second: Tensor, query: Samples, spread: 
     output = shares @ spread.value_mean
     distance = _value_distance(output, spread.value_mean)
     features = (query_power(query) * scale**2).contiguous()
-    weight = 1.0 / output.square().sum(-1).mean(-1).clamp(min=tiny)[:, :, None, None]
+    weight = 1.0 / _mean_power(output, full_query_blocks).clamp(min=tiny)[:, :, None, None]
     errors = []
     for key_spread, value_spread in zip(spread.key, spread.value, strict=True):
         variance = features @ key_spread.transpose(2, 3)
@@ -60,6 +70,15 @@ def pair_errors(importance: Importance, second: Tensor, query: Samples, spread: 
         variance.mul_(value_spread[:, :, None, :])
         errors.append(variance.mul_(_COHERENCE).add_(lost).mul_(attention).mul_(weight))
     return torch.stack(errors)
+
+
+def _mean_power(output: Tensor, full_query_blocks: Tensor | None) -> Tensor:
+    """[batch, heads]: mean over the rows that are not full of the squared length of output."""
+    power = output.square().sum(-1)
+    if full_query_blocks is None:
+        return power.mean(-1)
+    free = ~full_query_blocks
+    return torch.where(free, power, 0.0).sum(-1) / free.sum().clamp(min=1)
 
 
 def query_power(query: Samples) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from psa_diffusers.benchmark import BenchCase, grid_of, measure
+from psa_diffusers.benchmark import SHAPES, BenchCase, grid_of, measure
 from psa_diffusers.cli.bench import app
 from psa_diffusers.cli.errors import run_command
 from psa_diffusers.config import PSAConfig
@@ -37,6 +37,24 @@ def test_json_rows(capsys):
     assert rows[1]["relative_error"] < rows[0]["relative_error"] < 1
 
 
+def test_text_is_read_in_full_and_rivals_are_named():
+    row = measure(BenchCase((2, 8, 16), PSAConfig(), heads=1, head_dim=32, text_tokens=70), repeats=1)
+    assert row["dense_backend"] == "sdpa" and json.loads(row["rivals"]) == {
+        "sdpa": pytest.approx(row["dense_median"], rel=1e-4)
+    }
+    assert row["achieved_budget"] > 0.5  # 70 text tokens make two of six blocks full, as rows and as columns
+
+
+def test_shapes_have_the_tokens_of_their_models():
+    tokens = {name: BenchCase(s.grid, PSAConfig(), text_tokens=s.text_tokens).tokens for name, s in SHAPES.items()}
+    assert tokens == {
+        "wan2.1-1.3b-480p": 32760,
+        "wan2.1-14b-720p": 75600,
+        "cogvideox-5b": 17776,
+        "hunyuan-720p": 118800 + 256,
+    }
+
+
 def test_csv_is_appended(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     for _ in range(2):
@@ -61,6 +79,7 @@ def test_foreign_csv_is_left_alone(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--grid", "2x8"], "FRAMESxHEIGHTxWIDTH"),
+        (["--shape", "wan9"], "wan2.1-14b-720p"),
         (["--compute-budget", "1.5"], "compute_budget"),
         (["--compute-budget", "much"], "numbers separated by commas"),
         (["--dtype", "int8"], "--dtype must be one of"),

@@ -202,7 +202,10 @@ def test_unknown_transformers_stay_dense_with_a_warning(caplog):
 
     pipe = SimpleNamespace(components={"transformer": MyTransformer(2, 2)})
     assert enable_psa(pipe) is pipe
-    assert "leaves transformer (MyTransformer) dense; it knows WanTransformer3DModel" in caplog.text
+    assert (
+        "leaves transformer (MyTransformer) dense: PSA does not know this model. It knows WanTransformer3DModel"
+        in caplog.text
+    )
     with pytest.raises(ValueError, match="has no transformer that PSA knows"):
         PSAProcessor(pipe)
     pipe.components = {"unet": torch.nn.Linear(2, 2)}

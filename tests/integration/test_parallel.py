@@ -143,7 +143,7 @@ def test_heads_over_processes(heads, degree, anything, fits):
 def test_text_in_the_sequence_stays_dense():
     """Each process would hold a part of the text behind its part of the video."""
     processor = PSAProcessor(pipeline().transformer, tiny_config())
-    processor._call = SimpleNamespace(layout=TokenLayout((4, 4, 6), slice(96, 104), 8))
+    processor._call = SimpleNamespace(layout=TokenLayout((4, 4, 6), after=8))
     shared = SimpleNamespace(context_parallel_config=context(2))
     query = torch.ones(1, 52, 4, 12)
     reason = processor._dense_reason_of(query, query, query, {"parallel_config": shared})

@@ -1,5 +1,8 @@
 """Another model comes by a row of the table: here one with text before the video, and attention of the older kind."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +10,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, psa_statistics, tokens
-from psa_diffusers.integration.tokens import ModelRow, TokenLayout, block_index, find_row, patched_grid
+from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, models, psa_statistics
+from psa_diffusers.integration.models import ROWS, find_row
+from psa_diffusers.integration.models.row import ModelRow, latent_grid
+from psa_diffusers.integration.tokens import NO_GRID, TokenLayout
 
 from .tiny_wan import tiny_config, transformer
 
@@ -45,17 +50,17 @@ class JointTransformer(nn.Module, ConfigMixin):
 
 
 def joint_layout(model, arguments):
-    grid = patched_grid(arguments["hidden_states"].shape, model.config.patch_size)
+    grid = latent_grid(model, arguments)
     text = arguments["encoder_hidden_states"].shape[1]
-    return TokenLayout(grid, full_tokens=slice(0, text), extra_tokens=text)
+    return TokenLayout(grid, before=text)
 
 
-ROW = ModelRow(("JointTransformer",), ("JointAttnProcessor",), lambda name, module: True, joint_layout, block_index)
+ROW = ModelRow("Joint", ("JointTransformer",), ("JointAttnProcessor",), r"blocks\.\d+", joint_layout)
 
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(tokens, "ROWS", (*tokens.ROWS, ROW))
+    monkeypatch.setattr(models, "ROWS", (*ROWS, ROW))
     torch.manual_seed(0)
     return JointTransformer().eval()
 
@@ -109,7 +114,7 @@ def test_the_older_attention_passes_on_the_natives_arguments(model, recorder):
 
 
 def test_a_grid_that_is_not_known_stays_dense(model, recorder, monkeypatch):
-    monkeypatch.setattr(tokens, "ROWS", (ModelRow(*list(vars(ROW).values())[:3], lambda *_: None, block_index),))
+    monkeypatch.setattr(models, "ROWS", (dataclasses.replace(ROW, layout=lambda *_: NO_GRID),))
     native = forward(model)
     model_processor = PSAProcessor(model, tiny_config(dense_warmup=0.0))
     for block in model.blocks:
@@ -120,15 +125,20 @@ def test_a_grid_that_is_not_known_stays_dense(model, recorder, monkeypatch):
 
 
 def test_find_row():
-    assert find_row(transformer()) is tokens.ROWS[0]
+    assert find_row(transformer()) is ROWS[0]
     assert find_row(nn.Linear(1, 1)) is None
 
 
-def test_patched_grid():
-    assert patched_grid(torch.Size([1, 16, 5, 8, 12]), (1, 2, 2)) == (5, 4, 6)
-    assert patched_grid(torch.Size([1, 16, 5]), (1, 2, 2)) is None
-
-
-def test_layout_length():
-    assert TokenLayout((2, 3, 4)).length == 24
-    assert TokenLayout((2, 3, 4), slice(24, 30), 6).length == 30
+@pytest.mark.parametrize(
+    ("shape", "channels", "config", "grid"),
+    [
+        ((1, 16, 5, 8, 12), 1, {"patch_size": (1, 2, 2)}, (5, 4, 6)),
+        ((1, 6, 16, 8, 12), 2, {"patch_size": 2, "patch_size_t": 2}, (3, 4, 6)),
+        ((1, 6, 16, 8, 12), 2, {"patch_size": 2, "patch_size_t": None}, (6, 4, 6)),
+        ((1, 5, 8, 12, 16), 4, {"patch_size": (1, 2, 2)}, (5, 4, 6)),
+        ((1, 5, 16), 1, {"patch_size": 2}, None),
+    ],
+)
+def test_latent_grid(shape, channels, config, grid):
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    assert latent_grid(model, {"hidden_states": torch.empty(shape)}, channels) == grid

@@ -178,6 +178,17 @@ def test_what_stands_in_the_padding_does_not_matter(options):
         assert same(clean, build_plan(query, dirty_key, dirty_value, config, **arguments))
 
 
+def test_padded_queries_of_text_do_not_move_the_plan():
+    """A padded text token is a query too, in a block that is full anyway: the budget of the others stays theirs."""
+    query, key, value = video(extra=30)
+    arguments = dict(grid=(4, 8, 8), full_tokens=slice(256, 286), key_lengths=[259])
+    value[:, 0] *= 100.0
+    other = query.clone()
+    other[:, 259:, 0] = 50.0 * key[:, :1, 0]  # one head's padding finds the one great value
+    plans = [build_plan(queries, key, value, small(compute_budget=0.5), **arguments) for queries in (query, other)]
+    assert same(*plans)
+
+
 @pytest.mark.parametrize("options", RULES)
 def test_lengths_without_padding_change_nothing(options):
     query, key, value = video(batch=2, extra=5)

@@ -1,0 +1,6 @@
+"""Timing sparse attention against dense attention, on inputs with the structure of a video's."""
+
+from .cases import SHAPES, BenchCase, Shape, grid_of
+from .measuring import measure
+
+__all__ = ["SHAPES", "BenchCase", "Shape", "grid_of", "measure"]
