@@ -71,6 +71,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "python",
         "psa-generate",
         "psa-bench",
+        "psa-doctor",
         "accelerate",
         "ruff",
     }
@@ -134,6 +135,13 @@ def test_psa_bench(command, capsys):
 
     assert run_command("psa-bench", app, [*command[1:], "--tokens", "512,1024", "--repeats", "1"]) == 0
     assert "1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands_of("psa-doctor"), ids=named)
+def test_psa_doctor(command, capsys):
+    from psa_diffusers.cli.doctor import app
+
+    assert run_command("psa-doctor", app, command[1:]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])

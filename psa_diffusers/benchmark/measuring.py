@@ -76,6 +76,8 @@ def measure(
     return {
         "backend": backend,
         "backend_reason": reason,
+        "planner": plans[0].planner,
+        "planner_reason": plans[0].planner_reason,
         "repeats": repeats,
         **{f"{stage}_{name}": figure for stage in timed for name, figure in _quantiles(timed[stage]).items()},
         "dense_backend": best,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .errors import WrongUsageError, as_wrong_usage
 
 DTYPES = {
@@ -12,6 +14,22 @@ DTYPES = {
     "bfloat16": "bfloat16",
     "bf16": "bfloat16",
 }
+
+
+def devices() -> list[dict[str, Any]]:
+    """The processor, and each GPU that torch can use."""
+    import torch
+
+    from .run_record import device_name
+
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": device_name("cpu")}]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        values = {"memory_gib": facts.total_memory / 2**30, "compute_capability": f"{facts.major}.{facts.minor}"}
+        found.append({"device": f"cuda:{index}", "name": facts.name, **values})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple GPU"})
+    return found
 
 
 def pick_device(name: str | None) -> str:

@@ -91,12 +91,18 @@ def _download(model: str, file: str) -> str:
     return hf_hub_download(model, file)
 
 
-def find_model(name: str | None) -> ModelSource:
+def find_model(name: str | None, any_pipeline: bool = False) -> ModelSource:
     """The model that the user named: a folder, a Hub id, or None for the bundled one.
 
     Raises:
-        WrongUsageError: there is no such model, or it is not a text-to-video Wan model, or its folder is broken.
+        WrongUsageError: there is no such model, or its folder is broken, or (unless ``any_pipeline``) it is not a
+            text-to-video Wan model.
     """
+    source = _find(name)
+    return source if any_pipeline else _checked(source)
+
+
+def _find(name: str | None) -> ModelSource:
     if name is None or name == BUNDLED:
         try:
             folder = demo.model_folder()
@@ -127,7 +133,7 @@ def _local_model(name: str, folder: Path) -> ModelSource:
     missing = [component for component in components if not (folder / component).is_dir()]
     if missing:
         raise _broken(name, f"{folder} has no folder {', '.join(missing)}")
-    return _checked(ModelSource(name, str(folder), index))
+    return ModelSource(name, str(folder), index)
 
 
 def _hub_model(name: str) -> ModelSource:
@@ -136,7 +142,7 @@ def _hub_model(name: str) -> ModelSource:
     except Exception as error:  # no such model, no connection, offline mode, a server's failure
         advice = "Check the spelling (a known one: Wan-AI/Wan2.1-T2V-1.3B-Diffusers), or give a folder."
         raise WrongUsageError(f"{_hub_failure(name, error)} {advice}") from error
-    return _checked(ModelSource(name, name, index))
+    return ModelSource(name, name, index)
 
 
 def _hub_failure(name: str, error: Exception) -> str:

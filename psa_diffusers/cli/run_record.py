@@ -86,6 +86,8 @@ def describe_run(run: Generated) -> dict[str, Any]:
     return {
         "backend": counted.backend,
         "backend_reason": counted.backend_reason,
+        "planner": counted.planner,
+        "planner_reason": counted.planner_reason,
         "dense_steps": len(run.steps_of(DENSE)),
         "sparse_steps": len(run.steps_of(SPARSE)),
         "seconds_per_dense_step": run.seconds_per_step(DENSE),

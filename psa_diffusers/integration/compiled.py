@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 _BREAKS_SAY_WHY = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -47,6 +48,12 @@ def self_attention(query, key, value, position, processor, scale, padded, shared
 @self_attention.register_fake
 def _(query, key, value, position, processor, scale, padded, shared) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def intercepted() -> bool:
+    """Whether a function mode may replace the attention function (as diffusers' perturbed attention guidance does)."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def leave_graph() -> None:

@@ -8,9 +8,9 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import PSAConfig
-from .models import find_row, known_transformers
+from .discovery import no_transformer, transformers_of, why_dense
 from .native import PATCH, detach, set_processor
-from .processor import PSAProcessor, installed_processors, transformers_of
+from .processor import PSAProcessor, installed_processors
 from .statistics import PSAStatistics
 
 logger = logging.get_logger(__name__)
@@ -74,17 +74,14 @@ def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:
     """Say which transformers stay dense, and why."""
     parts = {"model": pipe} if isinstance(pipe, nn.Module) else pipe.components
     sparse = {id(model) for model in models}
-    found = {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
     strangers = {
         name: part
-        for name, part in found.items()
-        if id(part) not in sparse and ("transformer" in name or "Transformer" in type(part).__name__)
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+        and sparse.isdisjoint(map(id, part.modules()))
+        and ("transformer" in name or "Transformer" in type(part).__name__)
     }
     for name, part in strangers.items():
-        row = find_row(part)
-        why = row.dense if row else f"PSA does not know this model. It knows {', '.join(known_transformers())}"
-        logger.warning(f"PSA leaves {name} ({type(part).__name__}) dense: {why}.")
+        logger.warning(f"PSA leaves {name} ({type(part).__name__}) dense: {why_dense(part)}.")
     if not strangers and not models:
-        raise ValueError(
-            f"enable_psa: {type(pipe).__name__} has no video transformer; PSA knows {', '.join(known_transformers())}."
-        )
+        raise ValueError(f"enable_psa: {no_transformer(pipe)}")

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations, parallel
-from .compiled import register_processor
-from .models import ModelRow, find_row, known_transformers
+from .caches import cache_config, extrapolation_note
+from .compiled import intercepted, register_processor
+from .discovery import no_transformer, transformers_of
 from .native import OUTSIDE, PATCH, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
-from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps
+from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps, rounding_note
 from .statistics import PSAStatistics
 from .tokens import TokenLayout
 
@@ -77,7 +78,7 @@ class PSAProcessor(SparseProcessor):
         self.config = config or PSAConfig()
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []
         if pipe_or_model is not None and not models:
-            raise ValueError(f"PSAProcessor: {_why_none(pipe_or_model)}")
+            raise ValueError(f"PSAProcessor: {no_transformer(pipe_or_model)}")
         is_pipe = bool(models) and not isinstance(pipe_or_model, nn.Module)
         self._pipe = weakref.ref(pipe_or_model) if is_pipe else _no_pipe
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
@@ -166,7 +167,7 @@ class PSAProcessor(SparseProcessor):
         if new_run or self._counted[1] != id(model):
             self._plans.clear()
         if step is not None:
-            self.statistics.count_step(step)
+            self._begin_step(model, step, new_run)
         layout, reason = None, dense_reason(step, self.config)
         if reason == STEP_UNKNOWN:
             self._warn_of_unknown_step()
@@ -190,6 +191,17 @@ class PSAProcessor(SparseProcessor):
     def _check_parallel(self, patch: ModelPatch, layout: TokenLayout | None) -> None:
         own = [module for module, slot in patch.attention if slot.self_attention]
         parallel.check_sizes(self._context_of(patch), own, None if layout is None else layout.length)
+
+    def _begin_step(self, model: nn.Module, step: Step, new_run: bool) -> None:
+        """Count the step, and at a run's begin say what the user may want to change."""
+        self.statistics.count_step(step, cached=cache_config(model) is not None)
+        notes = (rounding_note(self.config, step.total), extrapolation_note(model, self.config, step.total))
+        for note in notes if new_run else ():
+            if note is not None:
+                self.statistics.note(note)
+        # Where a cache skips calls, a plan's last use may not come.
+        kept = self._plans.items()
+        self._plans = {owner: plan for owner, plan in kept if self._plan_ends(plan[0], step) > step.index}
 
     def end_forward(self, patch: ModelPatch) -> None:
         """The transformer call is over, by its end or by an error (called by its hook)."""
@@ -323,6 +335,7 @@ class PSAProcessor(SparseProcessor):
             "context parallel": context is None and options.get("parallel_config") is not None,
             # Each process would hold a part of these, so that the full sequence is in another order.
             "context parallel with text tokens": context is not None and self._call.layout.has_others,
+            "attention intercepted": intercepted(),
             "gradients needed": torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
             OTHER_TOKENS: layout is None or length != key_length,
             "one block of keys": key_length <= self.config.kv_block_size,
@@ -354,11 +367,13 @@ class PSAProcessor(SparseProcessor):
             if group is not None:
                 where["heads_group"] = group
             plan = operations.build_plan(query, key, value, config, scale=scale, **where)
-        ahead = call.step.index + 1
-        sparse_until = call.step.total - dense_steps(config.dense_last, call.step.total)
-        if ahead < min(made + config.refresh_every, sparse_until):
+        if call.step.index + 1 < self._plan_ends(made, call.step):
             self._plans[owner] = (made, facts, layout, plan)
         return plan
+
+    def _plan_ends(self, made: int, step: Step) -> int:
+        """The first step that may no longer use a plan made in step ``made``."""
+        return min(made + self.config.refresh_every, step.total - dense_steps(self.config.dense_last, step.total))
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
@@ -382,37 +397,6 @@ class PSAProcessor(SparseProcessor):
 
     def __repr__(self) -> str:
         return f"PSAProcessor({self.config})"
-
-
-def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
-    """The transformers of a pipeline (or the model itself) that can be sparse, each once.
-
-    Raises:
-        TypeError: it is neither a pipeline nor a model.
-    """
-    return [model for model, row in _known_models(pipe_or_model) if not row.dense]
-
-
-def _known_models(pipe_or_model: Any) -> list[tuple[nn.Module, ModelRow]]:
-    """The models that have a row, each once, with it."""
-    if isinstance(pipe_or_model, nn.Module):
-        components = [pipe_or_model]
-    elif isinstance(getattr(pipe_or_model, "components", None), Mapping):
-        components = list(pipe_or_model.components.values())
-    else:
-        raise TypeError(f"PSA needs a diffusers pipeline or a transformer, but got a {type(pipe_or_model).__name__}.")
-    # A compiled model keeps its original as _orig_mod.
-    models = [getattr(module, "_orig_mod", module) for module in components if isinstance(module, nn.Module)]
-    rows = {id(model): (model, find_row(model)) for model in models}
-    return [(model, row) for model, row in rows.values() if row is not None]
-
-
-def _why_none(pipe_or_model: Any) -> str:
-    dense = [f"{type(model).__name__} stays dense: {row.dense}." for model, row in _known_models(pipe_or_model)]
-    if dense:
-        return " ".join(dense)
-    known = ", ".join(known_transformers())
-    return f"{type(pipe_or_model).__name__} has no transformer that PSA knows; known are {known}."
 
 
 def installed_processors(models: list[nn.Module]) -> list[PSAProcessor]:

@@ -48,12 +48,26 @@ def dense_reason(step: Step | None, config: PSAConfig) -> str | None:
     return None
 
 
+def rounding_note(config: PSAConfig, total: int) -> str | None:
+    """What to say where whole steps make much more of a short run dense than the config asks for."""
+    asked = config.dense_warmup + config.dense_last
+    dense = min(dense_steps(config.dense_warmup, total) + dense_steps(config.dense_last, total), total)
+    if dense / total <= asked + 0.05:
+        return None
+    settings = f"dense_warmup={config.dense_warmup:g}" + (
+        f", dense_last={config.dense_last:g}" * bool(config.dense_last)
+    )
+    effect = "so that nothing is sparse; lower it" if dense == total else "being rounded up to whole steps"
+    return f"{dense} of {total} steps ({dense / total:.0%}) run dense by {settings}, {effect}."
+
+
 class StepClock:
     """Finds the step of a transformer call from what the pipeline itself says; it counts no calls.
 
     In order: the caller's explicit step; the step index in the model's cache context; the position of the pipeline's
-    current timestep (else of the timestep given to the transformer) in ``scheduler.timesteps``: by its place in the
-    same storage, which is exact for repeated timesteps and reads nothing from the device, or by value on the CPU.
+    current timestep (else of its guider's, else of the one given to the transformer) in ``scheduler.timesteps``: by its
+    place in the same storage, which is exact for repeated timesteps and reads nothing from the device, or by value on
+    the CPU.
     """
 
     def __init__(self) -> None:
@@ -86,6 +100,8 @@ class StepClock:
         position = _place_in_storage(getattr(pipe, "_current_timestep", None), timesteps)
         pipe_runs = position is not None or not hasattr(pipe, "_current_timestep")
         if position is None:
+            position = _place_told_to_guiders(pipe, timesteps)
+        if position is None:
             position = _place_in_storage(timestep, timesteps)
         if position is None:
             position = _nearest(timestep, timesteps)
@@ -107,6 +123,12 @@ def _run_length(pipe: Any, timesteps: torch.Tensor | None) -> int | None:
     length = getattr(pipe, "_num_timesteps", None)
     known = isinstance(length, int) and timesteps is not None and 0 < length <= len(timesteps)
     return length if known else None
+
+
+def _place_told_to_guiders(pipe: Any, timesteps: torch.Tensor) -> int | None:
+    """What a modular pipeline told its guider. With one guider an expert, the later one's is the current."""
+    told = (getattr(getattr(pipe, name, None), "_timestep", None) for name in ("guider", "guider_2"))
+    return max((place for t in told if (place := _place_in_storage(t, timesteps)) is not None), default=None)
 
 
 def _place_in_storage(timestep: Any, timesteps: torch.Tensor) -> int | None:

@@ -14,7 +14,7 @@ from ..planning.plan import Plan
 from ..planning.sharing import mean_over_heads
 from .schedule import Step
 
-DENSE, SPARSE = "dense", "sparse"
+DENSE, SPARSE, SKIPPED = "dense", "sparse", "skipped"
 
 
 class PSAStatistics:
@@ -27,8 +27,10 @@ class PSAStatistics:
     Attributes:
         sparse_calls, dense_calls: Self-attention calls that ran sparse, and dense.
         dense_reasons: Calls that ran dense, by reason, e.g. ``{"dense warm-up": 40}``.
-        steps: (index, total, "dense" or "sparse") of each denoising step; sparse if any of its calls was.
+        steps: (index, total, "dense", "sparse" or "skipped") of each denoising step; sparse if any of its calls was,
+            skipped if a cache (``enable_cache``) made every call unnecessary.
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
+        planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
     """
 
@@ -42,6 +44,8 @@ class PSAStatistics:
         self.steps: list[tuple[int, int, str]] = []
         self.backend: str | None = None
         self.backend_reason: str | None = None
+        self.planner: str | None = None
+        self.planner_reason: str | None = None
         self.notes: list[str] = []
         self._budget_sum: torch.Tensor | float = 0.0
         self._seconds = {"planning": 0.0, "attention": 0.0}
@@ -49,17 +53,21 @@ class PSAStatistics:
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    def count_step(self, step: Step) -> None:
-        """A forward of this step begins. It is dense until one of its calls is sparse."""
+    def count_step(self, step: Step, cached: bool = False) -> None:
+        """A forward of this step begins. It is dense (with a cache: skipped) until its calls say otherwise."""
         if not self.steps or self.steps[-1][:2] != (step.index, step.total):
-            self.steps.append((step.index, step.total, DENSE))
+            self.steps.append((step.index, step.total, SKIPPED if cached else DENSE))
 
     def count_dense(self, reason: str, calls: int = 1) -> None:
         self._dense_reasons[reason] += calls
+        if self.steps and self.steps[-1][2] == SKIPPED:
+            self.steps[-1] = (*self.steps[-1][:2], DENSE)
 
     def count_sparse(self, plan: Plan, heads_group: Any | None = None) -> None:
         """``heads_group``: the processes that hold the layer's other heads, whose costs count too."""
         self.sparse_calls += 1
+        if self.planner is None:
+            self.planner, self.planner_reason = plan.planner, plan.planner_reason
         cost = plan.mean_cost()
         if heads_group is not None:
             cost = mean_over_heads(cost, plan.level_mask.shape[1], heads_group)
@@ -103,7 +111,7 @@ class PSAStatistics:
 
     @property
     def last_step(self) -> tuple[int, int, str] | None:
-        """(index, total, "dense" or "sparse") of the newest step. Cheap: for progress bars."""
+        """(index, total, kind) of the newest step. Cheap: for progress bars."""
         return self.steps[-1] if self.steps else None
 
     @property
@@ -137,7 +145,8 @@ class PSAStatistics:
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain values, ready for JSON."""
         names = (
-            *("sparse_calls", "dense_calls", "dense_reasons", "backend", "backend_reason"),
+            *("sparse_calls", "dense_calls", "dense_reasons"),
+            *("backend", "backend_reason", "planner", "planner_reason"),
             *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
         )
         values: dict[str, Any] = {name: getattr(self, name) for name in names}

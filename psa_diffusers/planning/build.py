@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import PSAConfig
 from .blocks import Layout, make_layout, real_positions, unpadded_positions
 from .budget import Limits, spend, step_prices
+from .dispatch import choose_planner
 from .errors import pair_errors
 from .importance import (
     Importance,
@@ -92,7 +93,8 @@ def build_plan(
         full_tokens=full,
         device=device,
     )
-    levels = _Planner(query, key, value, config, layout, lengths, scale, heads_group).levels()
+    planner, reason = choose_planner(query, key_length, config, heads_group)
+    levels = _PLANNERS[planner](query, key, value, config, layout, lengths, scale, heads_group)
     return Plan(
         level_mask=levels,
         query_length=query_length,
@@ -103,6 +105,8 @@ def build_plan(
         order=layout.order,
         key_lengths=lengths,
         notes=_notes(config, layout, levels.shape),
+        planner=planner,
+        planner_reason=reason,
     )
 
 
@@ -118,6 +122,21 @@ def _notes(config: PSAConfig, layout: Layout, shape: torch.Size) -> tuple[str, .
         f"full tokens take {layout.full_pairs} of {pairs} block pairs a head, so that the cheapest plan costs "
         f"{least:.4f}, above compute_budget={config.compute_budget:g}; the rest is read at one centroid a block.",
     )
+
+
+def _torch_levels(*arguments: Any) -> Tensor:
+    """int8 [batch, heads, query_blocks, kv_blocks] by torch operators; arguments as for :class:`_Planner`."""
+    return _Planner(*arguments).levels()
+
+
+def _triton_levels(*arguments: Any) -> Tensor:
+    """The same by fused GPU kernels, which have all heads here."""
+    from .triton import plan_levels
+
+    return plan_levels(*arguments[:-1])
+
+
+_PLANNERS = {"torch": _torch_levels, "triton": _triton_levels}
 
 
 class _Planner:

@@ -28,9 +28,9 @@ from .sampling import Samples
 from .spread import Spread
 
 # How far the parts of the covariance term add up over a block: 1 = all alike, 1 / tokens = independent.
-_COHERENCE = 0.1
+COHERENCE = 0.1
 # Power on attention^2.
-_SHRINKAGE = 0.75
+SHRINKAGE = 0.75
 
 
 def pair_errors(
@@ -57,7 +57,7 @@ def pair_errors(
         float32 [num_levels, batch, heads, query_blocks, kv_blocks].
     """
     tiny = torch.finfo(torch.float32).tiny
-    attention = (importance.energy * second).pow_(_SHRINKAGE / 2)
+    attention = (importance.energy * second).pow_(SHRINKAGE / 2)
     shares = importance.score / importance.score.sum(-1, keepdim=True).clamp(min=tiny)
     output = shares @ spread.value_mean
     distance = _value_distance(output, spread.value_mean)
@@ -68,7 +68,7 @@ def pair_errors(
         variance = features @ key_spread.transpose(2, 3)
         lost = torch.expm1(variance * -0.5).square_().mul_(distance)
         variance.mul_(value_spread[:, :, None, :])
-        errors.append(variance.mul_(_COHERENCE).add_(lost).mul_(attention).mul_(weight))
+        errors.append(variance.mul_(COHERENCE).add_(lost).mul_(attention).mul_(weight))
     return torch.stack(errors)
 
 

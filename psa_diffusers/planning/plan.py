@@ -24,6 +24,8 @@ class Plan:
         query_block_size, kv_block_size, num_levels: As in :class:`PSAConfig`.
         key_lengths: int64 [batch] or None; raster positions from that one on are padding, which no one reads.
         notes: What the planner had to report, e.g. that the full tokens alone exceed the budget.
+        planner, planner_reason: What made the plan, ``"torch"`` or ``"triton"``, and why that one. None for a plan that
+            was made by hand.
     """
 
     level_mask: Tensor
@@ -35,6 +37,8 @@ class Plan:
     order: Tensor | None = None
     key_lengths: Tensor | None = None
     notes: tuple[str, ...] = ()
+    planner: str | None = None
+    planner_reason: str | None = None
     # What a backend derives from the level mask (block lists, granules), kept as long as the plan is. Keyed by backend.
     cache: dict = field(default_factory=dict, repr=False, compare=False)
 

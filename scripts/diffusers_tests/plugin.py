@@ -31,7 +31,7 @@ def pytest_configure(config) -> None:
     if os.environ["PSA_TESTS_ENABLE"] == "1":
         import diffusers
 
-        from psa_diffusers.integration.tokens import known_transformers
+        from psa_diffusers.integration.models import known_transformers
 
         for name in known_transformers():
             _enable_when_made(getattr(diffusers, name, None))

@@ -22,7 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from psa_diffusers.integration.tokens import known_transformers
+from psa_diffusers.integration.models import known_transformers
 
 HERE = Path(__file__).resolve().parent
 FOLDER = Path("tests", "models", "transformers")

@@ -76,6 +76,29 @@ def test_set_attention_backend_reaches_the_natives():
         pipe.transformer.set_attention_backend("native")
 
 
+def test_dense_steps_use_the_attention_backend_that_was_set(monkeypatch):
+    native, used = transformer_wan.dispatch_attention_fn, []
+
+    def dispatch(query, key, value, *args, backend=None, **options):
+        if query.shape[1] == key.shape[1]:
+            used.append(getattr(backend, "value", backend))
+        return native(query, key, value, *args, backend=backend, **options)
+
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", dispatch)
+    for set_first in (True, False):
+        pipe, used[:] = pipeline(), []
+        try:
+            if set_first:
+                pipe.transformer.set_attention_backend("_native_math")
+            enable_psa(pipe, tiny_config(backend="reference"))
+            if not set_first:
+                pipe.transformer.set_attention_backend("_native_math")
+            generate(pipe, steps=4)
+        finally:
+            disable_psa(pipe).transformer.set_attention_backend("native")
+        assert used == ["_native_math"] * 2 * LAYERS  # one dense step; the sparse ones have PSA's own backend
+
+
 class HeadsFirst:
     """A native processor of the older kind: ``F.scaled_dot_product_attention`` on [batch, heads, seq, head_dim]."""
 

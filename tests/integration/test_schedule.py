@@ -5,7 +5,14 @@ import torch
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.integration import PSAProcessor, enable_psa, psa_statistics
-from psa_diffusers.integration.schedule import CallContext, Step, StepClock, dense_reason, dense_steps
+from psa_diffusers.integration.schedule import (
+    CallContext,
+    Step,
+    StepClock,
+    dense_reason,
+    dense_steps,
+    rounding_note,
+)
 
 from .tiny_wan import LAYERS, SCHEDULERS, generate, pipeline, tiny_config
 
@@ -55,6 +62,44 @@ SEQUENCES = [
     ("experts", "euler", {"steps": 8, "guidance_scale": 1.0}, {"dense_warmup": 0.5}, "ddddssss"),
     ("experts", "heun", {"steps": 4}, {}, "ddsssss"),
 ]
+
+
+# Distilled models take 4 to 8 steps: whole steps make the dense share larger than a quarter there, and that is said.
+FEW_STEPS = {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2, 8: 2, 9: 3}
+
+
+@pytest.mark.parametrize(("total", "dense"), FEW_STEPS.items())
+def test_few_steps(total, dense, recorder):
+    pipe = enable_psa(pipeline("t2v", "euler"), tiny_config())
+    generate(pipe, steps=total, guidance_scale=1.0)
+    assert recorder.steps(LAYERS) == "d" * dense + "s" * (total - dense)
+    notes = psa_statistics(pipe).notes
+    if dense / total <= 0.30:
+        assert notes == []
+    else:
+        (note,) = notes
+        assert note.startswith(f"{dense} of {total} steps ({dense / total:.0%}) run dense by dense_warmup=0.25, ")
+        assert note.endswith("so that nothing is sparse; lower it." if total == 1 else "rounded up to whole steps.")
+
+
+def test_a_custom_list_of_few_timesteps(recorder):
+    """As distilled models are called: the list of sigmas is given, not a number of steps."""
+    pipe = enable_psa(pipeline("t2v", "euler"), tiny_config())
+    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.7, 0.4], device="cpu")
+    timesteps = pipe.scheduler.timesteps
+    pipe.scheduler.set_timesteps = lambda *args, **kwargs: setattr(pipe.scheduler, "timesteps", timesteps.clone())
+    generate(pipe, steps=4, guidance_scale=1.0)
+    assert recorder.steps(LAYERS) == "dsss"
+
+
+def test_a_share_that_was_asked_for_needs_no_remark():
+    remarks = [
+        rounding_note(PSAConfig(dense_warmup=warmup, dense_last=last), total)
+        for warmup, last, total in [(0.25, 0.0, 50), (1.0, 0.0, 4), (0.5, 0.5, 6), (0.0, 0.0, 1), (0.25, 0.25, 8)]
+    ]
+    assert remarks == [None] * 5
+    assert "dense_warmup=0.2, dense_last=0.2" in rounding_note(PSAConfig(dense_warmup=0.2, dense_last=0.2), 4)
+    assert rounding_note(PSAConfig(dense_warmup=0.25, dense_last=0.25), 2).startswith("2 of 2 steps (100%)")
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["context", "timesteps"])

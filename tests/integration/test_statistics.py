@@ -43,7 +43,8 @@ def test_to_dict_is_json_and_complete(recorder):
     assert values["sparse_calls"] == values["dense_calls"] == 4
     assert values["compute_budget_sparse"] == 1.0
     assert set(values) == {
-        *("sparse_calls", "dense_calls", "dense_reasons", "steps", "backend", "backend_reason", "notes"),
+        *("sparse_calls", "dense_calls", "dense_reasons", "steps", "notes"),
+        *("backend", "backend_reason", "planner", "planner_reason"),
         *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
     }
 

@@ -97,7 +97,7 @@ def generate(pipe, steps=4, guidance_scale=5.0, **settings):
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
-    text = torch.randn(2, 512, TEXT_DIM, generator=torch.Generator().manual_seed(1)).to(pipe.device)
+    text = torch.randn(2, 512, TEXT_DIM, generator=torch.Generator().manual_seed(1)).to(pipe._execution_device)
     inputs = {**SIZE, "prompt_embeds": text[:1], "output_type": "latent", "generator": generator}
     if guidance_scale > 1:
         inputs["negative_prompt_embeds"] = text[1:]

@@ -1,8 +1,10 @@
 """What a test wants to know from inside the interpreter's process."""
 
+from unittest import mock
+
 import torch
 
-from psa_diffusers.backends.triton import attend_triton
+from psa_diffusers.backends.triton import attend_triton, launch
 from tests.backends import conformance
 
 
@@ -14,6 +16,16 @@ def lists_of_two_calls(case: conformance.Case) -> list[int]:
         attend_triton(*(tensor.to(dtype) for tensor in conformance.make_inputs(case)), plan, scale=1.0)
         entries.append(len(plan.cache))
     return entries
+
+
+def attention_in_groups(case: conformance.Case, lengths: list[int] | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs and lse of the same call, all heads at once and in groups of two and one."""
+    inputs, plan = conformance.make_inputs(case), conformance.make_plan(case, lowest=1, key_lengths=lengths)
+    results = []
+    for blocks in (launch.GROUP_BLOCKS, 2):
+        with mock.patch.object(launch, "GROUP_BLOCKS", blocks):
+            results.append(attend_triton(*inputs, plan, scale=1.0, value_correction="covariance", return_lse=True))
+    return results
 
 
 def compiled_attention(case: conformance.Case) -> tuple[torch.Tensor, torch.Tensor]:

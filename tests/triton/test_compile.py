@@ -12,6 +12,7 @@ import pytest
 from psa_diffusers.backends.triton.inspection import (
     CORE_KERNELS,
     KERNELS,
+    LIST_KERNELS,
     SHARED_MEMORY_LIMITS,
     TARGETS,
     Case,
@@ -29,11 +30,20 @@ LEAN = [
     for case in (
         Case("attention", target, "fp16", 64),
         Case("attention", target, "bf16", 128),
-        Case("read_lists", target, "bf16", 64),
+        Case("masses", target, "bf16", 128),
+        *(Case(kernel, target, "bf16", 64) for kernel in LIST_KERNELS),
     )
 ] + [
     Case(kernel, target, "bf16", 128)
-    for kernel in ("attention+covariance", "pyramid", "covariance", "covariance_finish")
+    for kernel in (
+        "attention+covariance",
+        "pyramid",
+        "covariance",
+        "covariance_finish",
+        "statistics",
+        "centroids",
+        "prices",
+    )
     for target in ("sm_90", "gfx942")
 ]
 MATRIX_UNITS = {
@@ -96,7 +106,7 @@ def test_required_set_is_complete():
             for dtype in ("fp16", "bf16")
             for head_dim in (64, 96, 128)
         ),
-        *(("read_lists", target, "bf16", 64) for target in TARGETS),
+        *((kernel, target, "bf16", 64) for kernel in LIST_KERNELS for target in TARGETS),
     }
 
 

@@ -99,6 +99,14 @@ def test_public_operation_takes_this_backend(interpreter):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [None, [37, 20]])
+def test_heads_in_groups_give_the_same(interpreter, lengths):
+    """As for long videos: a pyramid for some heads of a sample at a time."""
+    case = Case(FP32, 16, 40, 40, query_block_size=32, kv_block_size=16, num_levels=2, heads=3, batch=2, order=True)
+    whole, parts = interpreter.call("tests.triton.interpreted_checks", "attention_in_groups", case, lengths)
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("order", [False, True])
 def test_torch_compile_keeps_one_graph(interpreter, order):
     case = Case(FP32, 16, 20, 20, query_block_size=16, kv_block_size=16, num_levels=2, heads=1, order=order)

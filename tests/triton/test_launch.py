@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from psa_diffusers.backends.triton import attend_triton, why_unsupported
+from psa_diffusers.backends.triton.launch import head_groups
 from tests.backends import conformance
 from tests.backends.conformance import Case
 
@@ -33,6 +34,19 @@ def test_cpu_tensors_need_the_interpreter():
 def test_unsupported_inputs(interpreter, change, message):
     with pytest.raises(ValueError, match=message):
         attend(interpreter.attend, dataclasses.replace(CASE, **change))
+
+
+@pytest.mark.parametrize(
+    "batch, heads, query_blocks, groups",
+    [(1, 12, 256, 1), (2, 3, 1, 1), (1, 40, 591, 4), (2, 40, 591, 8), (1, 30, 280, 2), (1, 1, 100_000, 1)],
+)
+def test_head_groups_cover_all_heads_once(batch, heads, query_blocks, groups):
+    found = head_groups(batch, heads, query_blocks)
+    assert len(found) == groups
+    seen = torch.zeros(batch, heads, dtype=torch.int64)
+    for samples, some_heads in found:
+        seen[samples, some_heads] += 1
+    assert (seen == 1).all()
 
 
 def test_why_unsupported_is_a_clause():

@@ -6,12 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...gpu.addressing import strided_pointers
+from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.target import padded_head_dim
 from .covariance import Covariance
-from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
-from .pyramid import Pyramid, strided_pointers
+from .pyramid import Pyramid
 from .read_lists import ReadLists
-from .tiles import attention_tile, padded_head_dim
+from .tiles import attention_tile
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def _add_covariance(
     return accumulator * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def attention_kernel(
     query,
     packed_key,
@@ -145,10 +147,12 @@ def attention_kernel(
     query_strides,
     out_strides,
     scale,
+    first_head,
     heads,
     query_length,
     query_blocks,
     kv_blocks,
+    packed_rows,
     empty_row,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -160,12 +164,16 @@ def attention_kernel(
     CHUNK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp)."""
+    """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp).
+
+    The tensors hold ``heads`` heads a sample; the first is number ``first_head`` of those in the lists and the lse.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     TILES: tl.constexpr = (QUERY_BLOCK + BLOCK_M - 1) // BLOCK_M
-    row = tl.load(launch_order + tl.program_id(0) // TILES)
-    batch = (row // (heads * query_blocks)).to(tl.int64)
-    head = (row // query_blocks % heads).to(tl.int64)
+    row = tl.load(launch_order + first_head * query_blocks + tl.program_id(0) // TILES)
+    local_head = row // query_blocks - first_head
+    batch = (local_head // heads).to(tl.int64)
+    head = (local_head % heads).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
 
     in_block = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -179,12 +187,12 @@ def attention_kernel(
         strided_pointers(query, query_strides, batch, head, token, channel), mask=query_mask, other=0.0
     )  # [BM, BD]
 
-    base = (batch * heads + head) * (empty_row + 1) * HEAD_DIM
+    base = local_head.to(tl.int64) * packed_rows * HEAD_DIM
     packed_key += base
     packed_value += base
     if variance is not None:
         variance += base
-    bias += batch * (empty_row + 1)
+    bias += batch * packed_rows
     blocks += row.to(tl.int64) * kv_blocks
     counts += row.to(tl.int64) * (LEVELS + 1)
     level_blocks, tile_stops, list_starts = _level_tiles(counts, LOG_KV_BLOCK, LEVELS, BLOCK_N)
@@ -193,8 +201,8 @@ def attention_kernel(
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     running_lost = tl.zeros([BLOCK_M], tl.float32)  # weights times the share of the covariance that their level lost
     if covariance is not None:
-        covariance += (batch * heads + head) * HEAD_DIM * HEAD_DIM
-        covariance_factors += (batch * heads + head) * (LEVELS + 1)
+        covariance += local_head * HEAD_DIM * HEAD_DIM
+        covariance_factors += local_head * (LEVELS + 1)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in range(0, tile_stops[LEVELS]):
         packed_row, level = _packed_rows(
@@ -257,7 +265,7 @@ def attention_kernel(
     tl.store(outputs, accumulator.to(out.dtype.element_ty), mask=query_mask)
     if lse is not None:
         row_lse = tl.where(is_empty, float("-inf"), (running_max + tl.log2(running_sum)) / LOG2E)
-        tl.store(lse + (batch * heads + head) * query_length + token, row_lse, mask=is_query)
+        tl.store(lse + (row // query_blocks).to(tl.int64) * query_length + token, row_lse, mask=is_query)
 
 
 def attention_launch(
@@ -273,8 +281,13 @@ def attention_launch(
     order: Tensor | None,
     scale: float,
     target: str,
+    first_head: int = 0,
 ) -> KernelLaunch:
-    """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length]."""
+    """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length].
+
+    For some heads of one sample, ``lists`` and ``lse`` are still of all samples and heads; the first in the other
+    tensors is number ``first_head`` of them, sample after sample.
+    """
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
     tile = attention_tile(
@@ -297,10 +310,12 @@ def attention_launch(
         "query_strides": query.stride(),
         "out_strides": out.stride(),
         "scale": scale,
+        "first_head": first_head,
         "heads": heads,
         "query_length": query_length,
         "query_blocks": query_blocks,
         "kv_blocks": layout.kv_blocks,
+        "packed_rows": layout.rows,
         "empty_row": layout.empty_row,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
@@ -309,7 +324,7 @@ def attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "CHUNK_D": min(32, padded_head_dim(head_dim)),
+        "CHUNK_D": min(16, padded_head_dim(head_dim)),
         "PRECISION": "ieee",
     }
     grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)

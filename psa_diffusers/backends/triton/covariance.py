@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.target import padded_head_dim
 from ...planning.plan import Plan
-from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .pyramid import Pyramid
-from .tiles import covariance_tile, padded_head_dim
+from .tiles import covariance_tile
 
 SLAB = 16  # rows of a matrix that the finishing kernel holds at a time
-PROGRAMS = 512  # a level: enough to fill a GPU, few enough that their partial sums cost little
+PROGRAMS = 256  # a level: enough to fill a GPU, few enough that their partial sums take little time and memory
 
 
 class Covariance(NamedTuple):

@@ -16,12 +16,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...gpu.kernel_launch import KernelLaunch
+from ...planning.triton.inspected import PLANNING_KERNELS, planning_launch
 from .attention import attention_launch
 from .covariance import covariance_finish_launch, covariance_launch, empty_covariance
-from .kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .pyramid import Pyramid, empty_pyramid, pyramid_launch
-from .read_lists import empty_read_lists, read_lists_launch
+from .read_lists import empty_read_lists, launch_order_launch, read_lists_launch
 
 # Shared memory (LDS on AMD) that one block can be launched with, in bytes: CUDA programming guide, table of technical
 # specifications per compute capability (opt-in maximum); CDNA3 ISA guide.
@@ -43,8 +44,18 @@ KERNELS = (
     "covariance",
     "covariance_finish",
     "read_lists",
+    "launch_order",
+    *PLANNING_KERNELS,
 )
-CORE_KERNELS = ("attention", "attention+covariance", "pyramid", "covariance", "covariance_finish")
+CORE_KERNELS = (
+    "attention",
+    "attention+covariance",
+    "pyramid",
+    "covariance",
+    "covariance_finish",
+    *PLANNING_KERNELS[:5],
+)
+LIST_KERNELS = ("read_lists", "launch_order", *PLANNING_KERNELS[5:])  # alike for all dtypes and head dims
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -52,6 +63,7 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.bool: "i1",
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.int16: "i16",
@@ -81,7 +93,7 @@ class Case:
         if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
-        return self.kernel == "read_lists" or (
+        return self.kernel in LIST_KERNELS or (
             self.kernel in CORE_KERNELS and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS
         )
 
@@ -105,7 +117,7 @@ class Resources:
             return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
         if self.spilled:
             return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
-        is_half = case.kernel.startswith("attention") and case.dtype != "fp32"
+        is_half = case.kernel.startswith(("attention", "centroids", "masses")) and case.dtype != "fp32"
         if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
             return f"uses {self.matrix_unit}, not wgmma"
         return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
@@ -136,13 +148,13 @@ def report_cases() -> list[Case]:
     """Every kernel for every target: the required cases, and the ends of what else is supported."""
     cases = []
     for target in TARGETS:
-        cases.append(Case("read_lists", target, "bf16", 64))
+        cases += [Case(kernel, target, "bf16", 64) for kernel in LIST_KERNELS]
         for kernel in ("attention", "pyramid"):
             cases += [Case(kernel, target, "fp16", head_dim) for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
             cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
             cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
-        for kernel in ("attention+covariance", "covariance", "covariance_finish"):
+        for kernel in ("attention+covariance", "covariance", "covariance_finish", *PLANNING_KERNELS[:5]):
             cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         for head_dim in (64, 128):
@@ -194,6 +206,8 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
+    if case.kernel in PLANNING_KERNELS:
+        return planning_launch(case, query, order)
     if case.kernel.startswith("covariance"):
         return _covariance_launch_of(case, pyramid, layout)
     query_blocks = triton.cdiv(case.length, case.query_block_size)
@@ -201,6 +215,8 @@ def launch_of(case: Case) -> KernelLaunch:
     lists, lengths = empty_read_lists(level_mask, case.num_levels)
     if case.kernel == "read_lists":
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
+    if case.kernel == "launch_order":
+        return launch_order_launch(lengths, lists, query_blocks)
     return attention_launch(
         query,
         torch.empty_like(query),
@@ -225,7 +241,15 @@ def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -
 
 
 def _tile_of(launch: KernelLaunch) -> str:
-    shapes = (("BLOCK_M", "BLOCK_N"), ("TILE_D", "TILE_ROWS"), ("SLAB", "BLOCK_D"), ("CHUNK",), ("KV_BLOCK", "BLOCK_D"))
+    shapes = (
+        ("BLOCK_M", "BLOCK_N"),
+        ("TILE_D", "TILE_ROWS"),
+        ("SLAB", "BLOCK_D"),
+        ("ROWS", "CHUNK"),
+        ("CHUNK",),
+        ("TILE",),
+        ("KV_BLOCK", "BLOCK_D"),
+    )
     names = next(names for names in shapes if set(names) <= set(launch.arguments))
     return "x".join(str(launch.arguments[name]) for name in names)
 

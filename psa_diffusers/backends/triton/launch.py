@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import itertools
+from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+from ...gpu.target import target_of, tensor_obstacle
 from ...planning.plan import Plan
+from . import hopper
 from .attention import attention_launch
 from .covariance import blocks_read_by_all, build_covariance
 from .layout import PyramidLayout
 from .pyramid import build_pyramid
 from .read_lists import ReadLists, read_lists
-from .tiles import target_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
+GROUP_BLOCKS = 4096  # query blocks of a group of heads, at least: 30 a processor of a large GPU
+MAX_GROUPS = 4  # a sample
 MAX_KV_BLOCK_SIZE = 1024  # one program of the pyramid kernel holds a block
 
 
@@ -48,7 +50,8 @@ def attend_triton(
         query with nothing to read gets output 0 and lse -inf.
 
     Besides inputs and output this takes 1.89 times the memory of K and V for the pyramid (4 levels, kv blocks of 64;
-    2.84 times that of K and V with the variance), until it returns. Nothing here waits for the device.
+    2.84 times that of K and V with the variance), until it returns; a quarter of that for long videos, whose heads are
+    computed in groups. Nothing here waits for the device.
 
     Raises:
         ValueError: the device, dtype, head_dim or block sizes are not supported; the message says which.
@@ -60,6 +63,7 @@ def attend_triton(
         query,
         key,
         value,
+        plan.level_mask.to(query.device),
         *lists,
         None if plan.order is None else plan.order.to(query.device),
         None if plan.key_lengths is None else plan.key_lengths.to(query.device),
@@ -77,6 +81,7 @@ def launch_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    level_mask: Tensor,
     blocks: Tensor,
     counts: Tensor,
     launch_order: Tensor,
@@ -93,30 +98,88 @@ def launch_attention(
     ``counted`` are the blocks that the value correction's covariance is taken over, None for no such correction;
     ``block_sizes`` are query_block_size, kv_block_size and num_levels; an lse that is not asked for is empty.
     """
-    query_block_size, kv_block_size, num_levels = block_sizes
-    layout = PyramidLayout(blocks.shape[1], kv_block_size, num_levels)
-    pyramid = build_pyramid(key, value, layout, order=order, key_lengths=key_lengths, with_variance=with_variance)
-    covariance = None if counted is None else build_covariance(pyramid, layout, counted)
+    lists = ReadLists(blocks, counts, launch_order)
     out, lse = _empty_result(query, return_lse)
-    attention_launch(
-        query,
-        out,
-        lse if return_lse else None,
-        pyramid,
-        ReadLists(blocks, counts, launch_order),
-        layout,
-        covariance,
-        query_block_size=query_block_size,
-        order=order,
-        scale=scale,
-        target=target_of(query.device),
-    ).run()
+    options = _Options(*block_sizes, scale, with_variance, level_mask.contiguous(), order)
+    batch, length, heads, _ = query.shape
+    for samples, some_heads in head_groups(batch, heads, triton.cdiv(length, options.query_block_size)):
+        parts = (tensor[samples, :, some_heads] for tensor in (query, key, value, out))
+        some_lengths = None if key_lengths is None else key_lengths[samples]
+        some_counted = None if counted is None else counted[samples, some_heads]
+        first_head = samples.start * heads + some_heads.start
+        _attend_heads(*parts, lse if return_lse else None, lists, some_lengths, some_counted, first_head, options)
     return out, lse
 
 
 @launch_attention.register_fake
 def _(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     return _empty_result(query, return_lse=bool(arguments[-1]))
+
+
+class _Options(NamedTuple):
+    query_block_size: int
+    kv_block_size: int
+    num_levels: int
+    scale: float
+    with_variance: bool
+    level_mask: Tensor
+    order: Tensor | None
+
+
+def _attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    lists: ReadLists,
+    key_lengths: Tensor | None,
+    counted: Tensor | None,
+    first_head: int,
+    options: _Options,
+) -> None:
+    """Fills ``out``, and the part of ``lse`` (of all heads, as ``lists`` are), for some of the heads."""
+    target = target_of(query.device)
+    layout = PyramidLayout(lists.blocks.shape[1], options.kv_block_size, options.num_levels)
+    is_hopper = not hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *options[:3], options.with_variance)
+    if is_hopper:
+        layout = hopper.hopper_layout(layout)
+    pyramid = build_pyramid(
+        key,
+        value,
+        layout,
+        order=options.order,
+        key_lengths=key_lengths,
+        with_variance=options.with_variance,
+        with_centroid_bias=is_hopper,
+    )
+    covariance = None if counted is None else build_covariance(pyramid, layout, counted.contiguous())
+    named = {
+        "query_block_size": options.query_block_size,
+        "order": options.order,
+        "scale": options.scale,
+        "first_head": first_head,
+    }
+    if is_hopper:
+        launch = hopper.hopper_attention_launch(
+            query, out, lse, pyramid, lists, options.level_mask, layout, covariance, **named
+        )
+    else:
+        launch = attention_launch(query, out, lse, pyramid, lists, layout, covariance, target=target, **named)
+    launch.run()
+
+
+def head_groups(batch: int, heads: int, query_blocks: int) -> list[tuple[slice, slice]]:
+    """Samples and heads that are computed at a time: all, or a part of one sample's heads.
+
+    Each group has a pyramid of its own, and the next one takes its memory. A group keeps enough query blocks that the
+    last of them, when processors run out of work, take little of its time.
+    """
+    parts = min(MAX_GROUPS, heads, heads * query_blocks // GROUP_BLOCKS)
+    if parts <= 1:
+        return [(slice(0, batch), slice(0, heads))]
+    bounds = [heads * part // parts for part in range(parts + 1)]
+    return [(slice(b, b + 1), slice(*pair)) for b in range(batch) for pair in itertools.pairwise(bounds)]
 
 
 def _empty_result(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -127,18 +190,18 @@ def _empty_result(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
     """Why these kernels cannot compute this, as a clause for a message; None if they can."""
-    if query.device.type != "cuda" and not (query.device.type == "cpu" and INTERPRETED):
-        return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
-    if query.device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_properties(query.device)
-        if capability.major < 8:
-            return f"the GPU must have compute capability 8.0 or newer, but has {capability.major}.{capability.minor}"
-    if query.dtype not in DTYPES:
-        return f"dtype must be float32, float16 or bfloat16, but is {query.dtype}"
-    if query.dtype == torch.bfloat16 and INTERPRETED:
-        return "Triton's interpreter does not compute in bfloat16"
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim must be at most {MAX_HEAD_DIM}, but is {query.shape[-1]}"
+    if obstacle := tensor_obstacle(query):
+        return obstacle
     if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
         return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
     return None
+
+
+def kernel_note(query: Tensor, plan: Plan) -> str:
+    """For reports: whether the Hopper kernel computes this, and why not; empty on other GPUs."""
+    target = target_of(query.device)
+    if target != "sm_90":
+        return ""
+    sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
+    obstacle = hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *sizes)
+    return f"The Hopper kernel is not used: {obstacle}." if obstacle else "The Hopper kernel is used."

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PyramidLayout:
-    """Rows of one head's packed keys (or values): level 1, level 2, ..., the centroids, and one row that holds nothing.
+    """Rows of one head's packed keys (or values): level 1, level 2, ..., the centroids, and rows that hold nothing.
 
-    A level is one contiguous run of rows, ``rows_per_block`` for each kv block, blocks in order. The empty row is zero
+    A level is one contiguous run of rows, ``rows_per_block`` for each kv block, blocks in order. Empty rows are zero
     with bias -inf: lanes with nothing to read point there, so that no load in the attention kernel needs a mask and
     nothing stray can enter a sum. The kernels compute the same addresses from the same three numbers.
 
@@ -21,6 +21,7 @@ class PyramidLayout:
     kv_blocks: int
     kv_block_size: int
     num_levels: int
+    empty_rows: int = 1  # rows that hold nothing: a kernel that copies several rows at once needs as many
 
     def rows_per_block(self, level: int) -> int:
         """Packed rows of one kv block at a level; ``num_levels + 1`` is the centroid."""
@@ -32,10 +33,10 @@ class PyramidLayout:
 
     @property
     def empty_row(self) -> int:
-        """The row that holds nothing: the one after the centroids."""
+        """The first row that holds nothing: the one after the centroids."""
         return self.first_row(self.num_levels + 2)
 
     @property
     def rows(self) -> int:
-        """Rows of a packed buffer, the empty one included."""
-        return self.empty_row + 1
+        """Rows of a packed buffer, the empty ones included."""
+        return self.empty_row + self.empty_rows

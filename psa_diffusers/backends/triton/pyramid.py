@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel_launch import KernelLaunch
+from ...gpu.addressing import strided_pointers
+from ...gpu.kernel_launch import KernelLaunch
 from .layout import PyramidLayout
 from .tiles import pyramid_tile
+
+MAX_PARTS = 8  # tiles of a block
 
 
 class Pyramid(NamedTuple):
@@ -20,84 +23,146 @@ class Pyramid(NamedTuple):
     key: Tensor  # [batch, heads, rows, head_dim], dtype of the inputs
     value: Tensor  # [batch, heads, rows, head_dim]
     bias: Tensor  # float32 [batch, rows]: log2 of the real tokens that a row stands for, -inf for none
-    variance: (
-        Tensor | None
-    )  # [batch, heads, rows, head_dim]: variance of each channel of a row's keys; None unless asked
+    variance: Tensor | None  # [batch, heads, rows, head_dim]: of each channel of a row's keys; None unless asked for
+    # float32 [batch, heads, kv_blocks]: the bias of centroids, NaN for those of NaN or Inf, whose rows hold 0 in their
+    # place. So all centroids can be multiplied and some left out by their bias. None unless asked for.
+    centroid_bias: Tensor | None = None
 
 
 @triton.jit
-def strided_pointers(base, strides, batch, head, token, channel):
-    """Where tokens of one head lie in a [batch, seq, heads, head_dim] tensor of any strides, [tokens, channels]."""
-    base += batch * strides[0] + head * strides[2]
-    return base + token[:, None] * strides[1] + channel.to(tl.int64)[None, :] * strides[3]
+# A block's rows are held as PARTS tiles [GROUPS, BD], row r in tile r % PARTS: rows that pool together are in different
+# tiles, at the same place, so that pooling is arithmetic between registers, and all loads are under way at once.
 
 
 @triton.jit
-def _load_rows(base, strides, batch, head, token, real, channel, HEAD_DIM: tl.constexpr):
-    pointers = strided_pointers(base, strides, batch, head, token, channel)  # [KV_BLOCK, BD]
-    return tl.load(pointers, mask=real[:, None] & (channel < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+def _load_parts(base, strides, batch, head, tokens, counts, channel, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr):
+    rows = ()
+    for part in tl.static_range(PARTS):
+        pointers = strided_pointers(base, strides, batch, head, tokens[part], channel)  # [GROUPS, BD]
+        mask = (counts[part] > 0.0)[:, None] & (channel < HEAD_DIM)[None, :]
+        rows += (tl.load(pointers, mask=mask, other=0.0).to(tl.float32),)
+    return rows
 
 
 @triton.jit
-def _store_rows(base, first_row, rows, channel, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
-    offsets = (first_row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]  # [ROWS, BD]
+def _store_rows(base, row, rows, channel, HEAD_DIM: tl.constexpr):
+    offsets = row.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]  # [ROWS, BD]
     mask = tl.broadcast_to((channel < HEAD_DIM)[None, :], offsets.shape)
     tl.store(base + offsets, rows.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _mean(total, count):
-    return total / tl.maximum(count, 1.0)[:, None]
+    return total * (1.0 / tl.maximum(count, 1.0))[:, None]
 
 
 @triton.jit
-def _merge(total, count, squares, GROUPS: tl.constexpr, PARTS: tl.constexpr, HAS_VARIANCE: tl.constexpr):
-    """Merges every PARTS rows into one. Squared deviations are merged too: no cancellation, unlike E[x^2] - E[x]^2."""
-    BLOCK_D: tl.constexpr = total.shape[1]
-    merged_total = tl.sum(tl.reshape(total, (GROUPS, PARTS, BLOCK_D)), axis=1)  # [GROUPS, BD]
-    merged_count = tl.sum(tl.reshape(count, (GROUPS, PARTS)), axis=1)  # [GROUPS]
+def _store_level(packed, totals, counts, first_row, channel, HEAD_DIM: tl.constexpr):
+    PARTS: tl.constexpr = len(totals)
+    GROUPS: tl.constexpr = totals[0].shape[0]
+    for part in tl.static_range(PARTS):
+        row = first_row + tl.arange(0, GROUPS) * PARTS + part
+        _store_rows(packed, row, _mean(totals[part], counts[part]), channel, HEAD_DIM)
+
+
+@triton.jit
+def _zeros_like(tiles):
+    zeros = ()
+    for part in tl.static_range(len(tiles)):
+        zeros += (tl.zeros_like(tiles[part]),)
+    return zeros
+
+
+@triton.jit
+def _pair(total, count, squares, other_total, other_count, other_squares, HAS_VARIANCE: tl.constexpr):
+    """Two tiles in one. Squared deviations are merged too: no cancellation, unlike E[x^2] - E[x]^2."""
+    merged = count + other_count
     if HAS_VARIANCE:
-        merged_mean = _mean(merged_total, merged_count)
-        deviation = tl.reshape(_mean(total, count), (GROUPS, PARTS, BLOCK_D)) - merged_mean[:, None, :]
-        between = deviation * deviation * tl.reshape(count, (GROUPS, PARTS))[:, :, None]
-        squares = tl.sum(tl.reshape(squares, (GROUPS, PARTS, BLOCK_D)) + between, axis=1)
-    else:
-        squares = merged_total
-    return merged_total, merged_count, squares
+        gap = _mean(total, count) - _mean(other_total, other_count)
+        squares += other_squares + gap * gap * (count * other_count / tl.maximum(merged, 1.0))[:, None]
+    return total + other_total, merged, squares
+
+
+@triton.jit
+def _pool_parts(totals, counts, squares, HAS_VARIANCE: tl.constexpr):
+    """Tiles in half as many, each a pair."""
+    merged_totals = ()
+    merged_counts = ()
+    merged_squares = ()
+    for part in tl.static_range(len(totals) // 2):
+        total, count, square = _pair(
+            totals[2 * part],
+            counts[2 * part],
+            squares[2 * part],
+            totals[2 * part + 1],
+            counts[2 * part + 1],
+            squares[2 * part + 1],
+            HAS_VARIANCE,
+        )
+        merged_totals += (total,)
+        merged_counts += (count,)
+        merged_squares += (square,)
+    return merged_totals, merged_counts, merged_squares
+
+
+@triton.jit
+def _pool_rows(totals, counts, squares, GROUPS: tl.constexpr, SIZE: tl.constexpr, HAS_VARIANCE: tl.constexpr):
+    """The only tile's rows in groups of SIZE, GROUPS of them."""
+    BLOCK_D: tl.constexpr = totals[0].shape[1]
+    total = tl.sum(tl.reshape(totals[0], (GROUPS, SIZE, BLOCK_D)), axis=1)  # [GROUPS, BD]
+    count = tl.sum(tl.reshape(counts[0], (GROUPS, SIZE)), axis=1)  # [GROUPS]
+    square = total
+    if HAS_VARIANCE:
+        deviation = tl.reshape(_mean(totals[0], counts[0]), (GROUPS, SIZE, BLOCK_D)) - _mean(total, count)[:, None, :]
+        between = deviation * deviation * tl.reshape(counts[0], (GROUPS, SIZE))[:, :, None]
+        square = tl.sum(tl.reshape(squares[0], (GROUPS, SIZE, BLOCK_D)) + between, axis=1)
+    return (total,), (count,), (square,)
 
 
 @triton.jit
 def _store_levels(
     packed,
     variance,
-    total,
-    count,
+    totals,
+    counts,
     block,
     kv_blocks,
     channel,
     HEAD_DIM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
+    FINITE: tl.constexpr,
 ):
-    """Writes one block's rows of every level. ``total`` [KV_BLOCK, BD] is zero where ``count`` [KV_BLOCK] is."""
-    squares = tl.zeros_like(total)
+    """Writes one block's rows of every level. ``totals`` are its tiles, zero where ``counts`` are.
+
+    Returns how many of the centroid's numbers are not finite; with FINITE zeros are written for them.
+    """
+    HAS_VARIANCE: tl.constexpr = variance is not None
+    squares = totals  # a stand-in, if there is no variance
+    if HAS_VARIANCE:
+        squares = _zeros_like(totals)
     section = 0
     for level in tl.static_range(1, LEVELS + 1):
         first_row = section + block * (KV_BLOCK >> (level - 1))
-        _store_rows(packed, first_row, _mean(total, count), channel, HEAD_DIM, KV_BLOCK >> (level - 1))
+        _store_level(packed, totals, counts, first_row, channel, HEAD_DIM)
         if variance is not None:
-            _store_rows(variance, first_row, _mean(squares, count), channel, HEAD_DIM, KV_BLOCK >> (level - 1))
+            _store_level(variance, squares, counts, first_row, channel, HEAD_DIM)
         section += kv_blocks * (KV_BLOCK >> (level - 1))
         if level < LEVELS:
-            total, count, squares = _merge(total, count, squares, KV_BLOCK >> level, 2, variance is not None)
-    total, count, squares = _merge(total, count, squares, 1, KV_BLOCK >> (LEVELS - 1), variance is not None)
-    _store_rows(packed, section + block, _mean(total, count), channel, HEAD_DIM, 1)
+            if len(totals) > 1:
+                totals, counts, squares = _pool_parts(totals, counts, squares, HAS_VARIANCE)
+            else:
+                totals, counts, squares = _pool_rows(totals, counts, squares, KV_BLOCK >> level, 2, HAS_VARIANCE)
+    totals, counts, squares = _pool_rows(totals, counts, squares, 1, KV_BLOCK >> (LEVELS - 1), HAS_VARIANCE)
+    centroid = _mean(totals[0], counts[0])  # [1, BD]
+    is_finite = tl.abs(centroid) < float("inf")
+    if FINITE:
+        centroid = tl.where(is_finite, centroid, 0.0)
+    row = section + block + tl.arange(0, 1)
+    _store_rows(packed, row, centroid, channel, HEAD_DIM)
     if variance is not None:
-        _store_rows(variance, section + block, _mean(squares, count), channel, HEAD_DIM, 1)
-    if block == 0:
-        _store_rows(packed, section + kv_blocks, tl.zeros_like(total), channel, HEAD_DIM, 1)
-        if variance is not None:
-            _store_rows(variance, section + kv_blocks, tl.zeros_like(total), channel, HEAD_DIM, 1)
+        _store_rows(variance, row, _mean(squares[0], counts[0]), channel, HEAD_DIM)
+    return tl.sum(tl.sum((~is_finite).to(tl.int32), axis=1), axis=0)
 
 
 @triton.jit
@@ -115,8 +180,28 @@ def _store_bias(bias, count, block, kv_blocks, KV_BLOCK: tl.constexpr, LEVELS: t
         if level < LEVELS:
             count = tl.sum(tl.reshape(count, (KV_BLOCK >> level, 2)), axis=1)
     tl.store(bias + section + block, _bias(tl.sum(count, axis=0)))
-    if block == 0:
-        tl.store(bias + section + kv_blocks, float("-inf"))
+
+
+@triton.jit
+def _store_empty_rows(
+    packed_key,
+    packed_value,
+    variance,
+    bias,
+    empty_row,
+    channel,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EMPTY_ROWS: tl.constexpr,
+):
+    for empty in range(0, EMPTY_ROWS):
+        row = empty_row + empty + tl.arange(0, 1)
+        zeros = tl.zeros([1, BLOCK_D], tl.float32)
+        _store_rows(packed_key, row, zeros, channel, HEAD_DIM)
+        _store_rows(packed_value, row, zeros, channel, HEAD_DIM)
+        if variance is not None:
+            _store_rows(variance, row, zeros, channel, HEAD_DIM)
+        tl.store(bias + empty_row + empty, float("-inf"))
 
 
 @triton.jit
@@ -129,6 +214,7 @@ def pyramid_kernel(
     packed_value,
     bias,
     variance,
+    centroid_bias,
     key_strides,
     value_strides,
     heads,
@@ -139,32 +225,74 @@ def pyramid_kernel(
     BLOCK_D: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EMPTY_ROWS: tl.constexpr,
 ):
-    """One program: one kv block, one head, BLOCK_D channels; grid (kv_blocks, heads * channel chunks, batch)."""
-    block = tl.program_id(0)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    chunk = tl.program_id(1) // heads
+    """One program: one kv block, one head, BLOCK_D channels; grid (heads * channel chunks, kv_blocks, batch).
+
+    Heads first: what lies side by side in memory is read at a time.
+    """
+    FINITE: tl.constexpr = centroid_bias is not None
+    block = tl.program_id(1)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    chunk = tl.program_id(0) // heads
     batch = tl.program_id(2).to(tl.int64)
     channel = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-
-    position = block * KV_BLOCK + tl.arange(0, KV_BLOCK)
-    real = position < key_length
-    token = position.to(tl.int64)
-    if order is not None:
-        token = tl.load(order + position, mask=real, other=0)
+    length = key_length
     if key_lengths is not None:
-        real = real & (token < tl.load(key_lengths + batch))
-    count = real.to(tl.float32)  # [KV_BLOCK]
+        length = tl.load(key_lengths + batch)
+
+    tokens = ()
+    counts = ()
+    for part in tl.static_range(PARTS):
+        position = block * KV_BLOCK + tl.arange(0, KV_BLOCK // PARTS) * PARTS + part
+        token, count = _token_at(position, order, key_length, length)
+        tokens += (token,)
+        counts += (count,)
 
     base = (batch * heads + head) * packed_rows * HEAD_DIM
+    packed_key += base
+    packed_value += base
     if variance is not None:
         variance += base
-    rows = _load_rows(key, key_strides, batch, head, token, real, channel, HEAD_DIM)  # [KV_BLOCK, BD]
-    _store_levels(packed_key + base, variance, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS)
-    rows = _load_rows(value, value_strides, batch, head, token, real, channel, HEAD_DIM)
-    _store_levels(packed_value + base, None, rows, count, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS)
-    if tl.program_id(1) == 0:
-        _store_bias(bias + batch * packed_rows, count, block, kv_blocks, KV_BLOCK, LEVELS)
+    keys = _load_parts(key, key_strides, batch, head, tokens, counts, channel, HEAD_DIM, PARTS)
+    values = _load_parts(value, value_strides, batch, head, tokens, counts, channel, HEAD_DIM, PARTS)
+    bad = _store_levels(
+        packed_key, variance, keys, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE
+    )
+    bad += _store_levels(
+        packed_value, None, values, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE
+    )
+    bias += batch * packed_rows
+    if FINITE or tl.program_id(0) == 0:
+        _, real = _token_at(block * KV_BLOCK + tl.arange(0, KV_BLOCK), order, key_length, length)
+        if FINITE:  # one chunk of channels: see pools_whole_blocks
+            row_bias = tl.where(bad > 0, float("nan"), _bias(tl.sum(real, axis=0)))
+            tl.store(centroid_bias + (batch * heads + head) * kv_blocks + block, row_bias)
+        if tl.program_id(0) == 0:
+            _store_bias(bias, real, block, kv_blocks, KV_BLOCK, LEVELS)
+    if block == 0:
+        _store_empty_rows(
+            packed_key,
+            packed_value,
+            variance,
+            bias,
+            packed_rows - EMPTY_ROWS,
+            channel,
+            HEAD_DIM,
+            BLOCK_D,
+            EMPTY_ROWS,
+        )
+
+
+@triton.jit
+def _token_at(position, order, key_length, length):
+    """The tokens at positions, int64, and 1.0 where there is a real one: neither beyond the end nor padding."""
+    inside = position < key_length
+    token = position.to(tl.int64)
+    if order is not None:
+        token = tl.load(order + position, mask=inside, other=0)
+    return token, (inside & (token < length)).to(tl.float32)
 
 
 def build_pyramid(
@@ -175,6 +303,7 @@ def build_pyramid(
     order: Tensor | None = None,
     key_lengths: Tensor | None = None,
     with_variance: bool = False,
+    with_centroid_bias: bool = False,
 ) -> Pyramid:
     """Mean-pools keys and values to every level of the pyramid (arXiv 2512.04025, equation 2), real tokens only.
 
@@ -184,18 +313,26 @@ def build_pyramid(
         order: int64 [key_length], the token at each position of the block order; None = raster.
         key_lengths: int64 [batch]; tokens from that one on are padding. None = no padding.
         with_variance: Also the population variance of each channel of a row's keys, for ``logit_correction``.
+        with_centroid_bias: Also the centroids' own bias, and only finite numbers in their rows. Where one program of
+            the kernel holds a whole block, see :func:`pools_whole_blocks`.
     """
-    pyramid = empty_pyramid(key, layout, with_variance)
+    pyramid = empty_pyramid(key, layout, with_variance, with_centroid_bias)
     pyramid_launch(key, value, pyramid, layout, order, key_lengths).run()
     return pyramid
 
 
-def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool) -> Pyramid:
+def pools_whole_blocks(kv_block_size: int, head_dim: int) -> bool:
+    """Whether one program of the pyramid kernel holds all channels of a block."""
+    return pyramid_tile(kv_block_size, head_dim).block_d >= head_dim
+
+
+def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool, with_centroid_bias: bool = False) -> Pyramid:
     """Buffers for the pyramid of keys [batch, key_length, heads, head_dim], and of values like them."""
     batch, _, heads, head_dim = key.shape
     packed = key.new_empty(3 if with_variance else 2, batch, heads, layout.rows, head_dim)
     bias = key.new_empty(batch, layout.rows, dtype=torch.float32)
-    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None)
+    centroid_bias = bias.new_empty(batch, heads, layout.kv_blocks) if with_centroid_bias else None
+    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None, centroid_bias)
 
 
 def pyramid_launch(
@@ -218,6 +355,7 @@ def pyramid_launch(
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
         "variance": pyramid.variance,
+        "centroid_bias": pyramid.centroid_bias,
         "key_strides": key.stride(),
         "value_strides": value.stride(),
         "heads": heads,
@@ -228,6 +366,8 @@ def pyramid_launch(
         "BLOCK_D": tile.block_d,
         "KV_BLOCK": layout.kv_block_size,
         "LEVELS": layout.num_levels,
+        "PARTS": min(MAX_PARTS, 2 ** (layout.num_levels - 1)),
+        "EMPTY_ROWS": layout.empty_rows,
     }
-    grid = (layout.kv_blocks, heads * triton.cdiv(head_dim, tile.block_d), batch)
+    grid = (heads * triton.cdiv(head_dim, tile.block_d), layout.kv_blocks, batch)
     return KernelLaunch(pyramid_kernel, grid, arguments, num_warps=tile.num_warps)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...gpu.kernel_launch import KernelLaunch
 from ...planning.plan import Plan
-from .kernel_launch import KernelLaunch
-from .tiles import LIST_CHUNK
+from .tiles import LIST_CHUNK, ORDER_TILE
 
 
 class ReadLists(NamedTuple):
@@ -50,6 +50,25 @@ def read_lists_kernel(
     tl.store(lengths + row, length)
 
 
+@triton.jit
+def launch_order_kernel(lengths, launch_order, query_blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """One program: the places of ROWS rows of one head among its rows, longest first, ties by index.
+
+    A row's place is the number of rows before it: counted, not sorted, so that places are independent of each other.
+    """
+    head = tl.program_id(1) * query_blocks
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    length = tl.load(lengths + head + row, mask=row < query_blocks, other=0)
+    place = tl.zeros([ROWS], tl.int32)
+    for start in range(0, query_blocks, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_length = tl.load(lengths + head + other, mask=other < query_blocks, other=-1)
+        is_tied = (other_length[None, :] == length[:, None]) & (other[None, :] < row[:, None])
+        is_before = (other_length[None, :] > length[:, None]) | is_tied
+        place += tl.sum(is_before.to(tl.int32), axis=1)
+    tl.store(launch_order + head + place, head + row, mask=row < query_blocks)
+
+
 def read_lists(plan: Plan, device: torch.device) -> ReadLists:
     """The plan's lists on a device, made there without synchronisation and kept in the plan's cache.
 
@@ -69,9 +88,7 @@ def make_read_lists(level_mask: Tensor, num_levels: int, kv_block_size: int) -> 
     query_blocks = level_mask.shape[2]
     lists, lengths = empty_read_lists(level_mask, num_levels)
     read_lists_launch(level_mask.contiguous(), lists, lengths, kv_block_size).run()
-    within_head = lengths.view(-1, query_blocks).argsort(dim=1, descending=True, stable=True)
-    first_of_head = torch.arange(0, len(lengths), query_blocks, device=level_mask.device)[:, None]
-    torch.add(within_head, first_of_head, out=lists.launch_order.view_as(within_head))
+    launch_order_launch(lengths, lists, query_blocks).run()
     return tuple(lists)
 
 
@@ -105,3 +122,16 @@ def read_lists_launch(level_mask: Tensor, lists: ReadLists, lengths: Tensor, kv_
         "CHUNK": min(LIST_CHUNK, triton.next_power_of_2(kv_blocks)),
     }
     return KernelLaunch(read_lists_kernel, (rows,), arguments, num_warps=1)
+
+
+def launch_order_launch(lengths: Tensor, lists: ReadLists, query_blocks: int) -> KernelLaunch:
+    """The launch that fills the launch order of ``lists`` from what :func:`read_lists_launch` left in ``lengths``."""
+    arguments = {
+        "lengths": lengths,
+        "launch_order": lists.launch_order,
+        "query_blocks": query_blocks,
+        "ROWS": ORDER_TILE[0],
+        "CHUNK": ORDER_TILE[1],
+    }
+    grid = (triton.cdiv(query_blocks, ORDER_TILE[0]), len(lengths) // query_blocks)
+    return KernelLaunch(launch_order_kernel, grid, arguments, num_warps=4)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
+
+from ...gpu.target import padded_head_dim
 
 LIST_CHUNK = 1024  # level mask entries that the list kernel compacts at a time
+ORDER_TILE = (32, 128)  # rows that the launch order kernel places, x rows that it compares them with, at a time
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
 
 
 def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False) -> PyramidTile:
-    """Few enough numbers (16 or 32 a thread) that no target spills. Channels are independent: any split is right."""
-    numbers = 4096 if with_variance else 8192
-    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=8)
+    """Few enough numbers (16 or 64 a thread) that no target spills. Channels are independent: any split is right."""
+    numbers = 2048 if with_variance else 8192
+    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=4)
 
 
 def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
@@ -99,18 +101,3 @@ def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
     if dtype == torch.float32:
         return CovarianceTile(min(padded_head_dim(head_dim), 64), 16, 8)
     return CovarianceTile(min(padded_head_dim(head_dim), 128), 32, 8)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Channels of a tile: the next power of two, at least the 16 that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def target_of(device: torch.device) -> str:
-    """The target of a device as the tile table names it; "cpu" under the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"

@@ -1,0 +1,1 @@
+"""What the Triton kernels of the planner and of the attention backend share."""

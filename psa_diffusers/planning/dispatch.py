@@ -1,0 +1,58 @@
+"""Which planner runs: ``torch`` (the definition, any device and every rule) or ``triton`` (fused GPU kernels)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PSAConfig
+
+
+def choose_planner(
+    query: Tensor, key_length: int, config: PSAConfig, heads_group: Any | None = None
+) -> tuple[str, str]:
+    """The planner for these queries [batch, seq, heads, head_dim], and why: (name, a sentence for reports)."""
+    if heads_group is not None:
+        return "torch", "The planning kernels are not used: other processes hold heads of the layer."
+    if config.backend in ("torch", "reference"):
+        return "torch", f"The config asks for backend {config.backend!r}."
+    obstacle = planner_obstacle(query, key_length, config)
+    if obstacle is None:
+        return "triton", f"The tensors are on {query.device}, and the planning kernels support them and the config."
+    return "torch", f"The planning kernels are not used: {obstacle}."
+
+
+def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str | None:
+    """Why the planning kernels cannot be used, as a clause for a message; None if they can."""
+    wanted = {"rule": "budget", "importance": "sampled", "importance_reduction": "sum", "similarity_thresholds": None}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            return f"they plan with {name}={value!r} alone, but it is {getattr(config, name)!r}"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing, and they are not part of its graph"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if query.device.type != "cuda" and not (interpreted and query.device.type == "cpu"):
+        return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
+    obstacle = _import_obstacle()
+    if obstacle is not None:
+        return obstacle
+    from .triton import why_unsupported
+
+    return why_unsupported(query, key_length, config)
+
+
+@lru_cache(maxsize=1)
+def _import_obstacle() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module(".triton", __package__)
+    except Exception as error:  # a Triton that does not fit its driver or its torch fails in many ways
+        return f"triton does not import ({type(error).__name__}: {error})"
+    return None

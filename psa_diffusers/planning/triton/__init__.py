@@ -1,0 +1,10 @@
+"""The ``budget`` rule's planner as fused GPU kernels (Triton 3.4 and newer); on CPUs under ``TRITON_INTERPRET=1``.
+
+One file a stage: :mod:`.statistics` (blocks of keys and values), :mod:`.centroids` and :mod:`.sampled` (two estimates
+of attention^2), :mod:`.prices` (errors, and what it is worth to lessen them), :mod:`.spending` (levels); run by
+:mod:`.planner`. What they compute is defined by the torch code one folder up.
+"""
+
+from .planner import plan_levels, why_unsupported
+
+__all__ = ["plan_levels", "why_unsupported"]

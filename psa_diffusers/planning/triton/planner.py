@@ -1,0 +1,199 @@
+"""The planner's entry point on a GPU: buffers, and the launches in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...config import PSAConfig
+from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.target import target_of, tensor_obstacle
+from ..blocks import Layout
+from ..budget import rung_costs
+from .centroids import centroid_launch
+from .prices import prices_launch
+from .sampled import empty_masses, heads_at_a_time, masses_launch, masses_layout, shares_launch
+from .samples import key_draws, query_positions
+from .spending import BINS, bins_launch, chunks_of, levels_launch
+from .statistics import Statistics, empty_statistics, statistics_launch
+
+MAX_KV_BLOCK_SIZE = 512  # one program of the statistics kernel holds a block
+MASSES_BYTES = 2**25  # of masses are made at a time, or a quarter of the keys' memory if that is more
+MAX_SAMPLES = {"sampled_queries": 64, "sampled_keys": 16}  # a block's samples lie in one tile
+
+
+class Estimates(NamedTuple):
+    """What is known of the pairs and rows before levels are chosen."""
+
+    attention: Tensor  # float32 [batch, heads, query_blocks, kv_blocks]: the second estimate, then attention^2
+    features: Tensor  # [batch, heads, query_blocks, head_dim], see :mod:`.centroids`
+    output: Tensor  # the same, see :mod:`.sampled`
+    output_power: Tensor  # float32 [batch, heads, query_blocks]
+
+
+class Choices(NamedTuple):
+    """What is chosen of the pairs, and how."""
+
+    prices: Tensor  # int16 [num_levels, batch, heads, query_blocks, kv_blocks]
+    spent_by_chunk: Tensor  # int32 [batch, BINS, chunks]
+    levels: Tensor  # int8 [batch, heads, query_blocks, kv_blocks]
+
+
+def plan_levels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: PSAConfig,
+    layout: Layout,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """int8 [batch, heads, query_blocks, kv_blocks] by the ``budget`` rule. Nothing waits for the device.
+
+    Seven launches, or nine and more where the masses of all heads would take more than their share of memory. Beside
+    the statistics (0.11 times K and V; half precision, 4 levels of 64) this takes 13 bytes a block pair until it
+    returns (9 of them after the masses are freed), and MASSES_BYTES or an eighth of K and V.
+
+    Args:
+        query, key, value: [batch, seq, heads, head_dim], any strides; fp32 (slow), fp16 or bf16.
+        layout: of these sequences, on their device. key_lengths: int64 [batch] there, or None.
+    """
+    target = target_of(query.device)
+    positions = sampled_positions(query, config)
+    statistics = run_statistics(key, value, config, layout.order, key_lengths)
+    # Padding may lie anywhere in the block order; without it the last block alone may be short.
+    full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
+    estimates = empty_estimates(query, positions, statistics)
+    inputs = (query, config, layout.order, positions, statistics, estimates)
+    for launch in estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target=target):
+        launch.run()
+    choices = empty_choices(estimates, config.num_levels)
+    is_padded = key_lengths is not None
+    for launch in choice_launches(config, layout, statistics, estimates, choices, is_padded=is_padded, target=target):
+        launch.run()
+    return choices.levels
+
+
+def sampled_positions(query: Tensor, config: PSAConfig) -> Tensor:
+    """int32 [query_blocks, drawn]: positions of the sampled queries; the first half of them for the first estimate."""
+    size = config.query_block_size
+    samples, drawn = min(config.sampled_queries, size), min(2 * config.sampled_queries, size)
+    return query_positions(config.seed, query.shape[1], size, samples, drawn, query.device)
+
+
+def run_statistics(
+    key: Tensor, value: Tensor, config: PSAConfig, order: Tensor | None, key_lengths: Tensor | None
+) -> Statistics:
+    """Statistics of keys and values [batch, key_length, heads, head_dim]."""
+    size = config.kv_block_size
+    statistics = empty_statistics(key, size, config.num_levels, config.sampled_keys)
+    draws = key_draws(config.seed, statistics.counts.shape[1], size, min(config.sampled_keys, size), key.device)
+    where = {"order": order, "key_lengths": key_lengths}
+    statistics_launch(key, value, statistics, draws, kv_block_size=size, **where).run()
+    return statistics
+
+
+def empty_estimates(query: Tensor, positions: Tensor, statistics: Statistics) -> Estimates:
+    """Memory for queries [batch, query_length, heads, head_dim]."""
+    batch, _, heads, head_dim = query.shape
+    rows = (batch, heads, len(positions))
+    return Estimates(
+        attention=query.new_empty(*rows, statistics.counts.shape[1], dtype=torch.float32),
+        features=query.new_empty(*rows, head_dim, dtype=statistics.key_spread.dtype),
+        output=query.new_empty(*rows, head_dim),
+        output_power=query.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def empty_choices(estimates: Estimates, num_levels: int) -> Choices:
+    """Memory for the choices of all pairs."""
+    pairs = estimates.attention
+    chunks, _ = chunks_of(pairs[0].numel())
+    return Choices(
+        prices=pairs.new_empty(num_levels, *pairs.shape, dtype=torch.int16),
+        spent_by_chunk=pairs.new_empty(len(pairs), BINS, chunks, dtype=torch.int32),
+        levels=pairs.new_empty(pairs.shape, dtype=torch.int8),
+    )
+
+
+def estimate_launches(
+    query: Tensor,
+    config: PSAConfig,
+    order: Tensor | None,
+    positions: Tensor,
+    statistics: Statistics,
+    estimates: Estimates,
+    *,
+    scale: float,
+    full_blocks: int,
+    target: str,
+) -> Iterator[KernelLaunch]:
+    """The launches that fill ``estimates``, in order; memory for the masses lives as long as this iterator.
+
+    ``full_blocks``: so many kv blocks, from the first, miss no key in any sample of the batch.
+    """
+    yield centroid_launch(
+        query,
+        positions,
+        order,
+        statistics,
+        estimates.attention,
+        estimates.features,
+        scale=scale,
+        kv_block_size=config.kv_block_size,
+        target=target,
+    )
+    samples = min(config.sampled_queries, config.query_block_size)
+    cut = masses_layout(query, len(positions), samples, statistics, target)
+    heads = query.shape[2]
+    key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
+    step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))
+    masses = empty_masses(query, cut, step)
+    known = {"samples": samples, "target": target}
+    results = (estimates.attention, estimates.output, estimates.output_power)
+    for first in range(0, heads, step):
+        some = range(first, min(heads, first + step))
+        inputs = (query, positions, order, statistics, masses, cut, some)
+        yield masses_launch(*inputs, scale=scale, full_blocks=full_blocks, **known)
+        yield shares_launch(masses, cut, positions, statistics, *results, some, **known)
+
+
+def choice_launches(
+    config: PSAConfig,
+    layout: Layout,
+    statistics: Statistics,
+    estimates: Estimates,
+    choices: Choices,
+    *,
+    is_padded: bool,
+    target: str,
+) -> Iterator[KernelLaunch]:
+    """The launches that fill ``choices``, in order."""
+    costs = tuple(rung_costs(config.kv_block_size, config.num_levels))
+    full = (layout.full_query_blocks, layout.full_kv_blocks)
+    known = {"costs": costs, "is_padded": is_padded, "target": target}
+    yield prices_launch(*estimates, statistics, full, choices.prices, **known)
+    counts = statistics.counts if is_padded else None
+    spending = (choices.prices, counts, full, statistics.spent, choices.spent_by_chunk)
+    settings = {"costs": costs, "compute_budget": config.compute_budget}
+    yield bins_launch(*spending, **settings)
+    yield levels_launch(*spending, choices.levels, **settings)
+
+
+def why_unsupported(query: Tensor, key_length: int, config: PSAConfig) -> str | None:
+    """Why these kernels cannot plan this, as a clause for a message; None if they can."""
+    if obstacle := tensor_obstacle(query):
+        return obstacle
+    if config.kv_block_size > MAX_KV_BLOCK_SIZE:
+        return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {config.kv_block_size}"
+    for name, most in MAX_SAMPLES.items():
+        if getattr(config, name) > most:
+            return f"{name} must be at most {most}, but is {getattr(config, name)}"
+    blocks = -(-query.shape[1] // config.query_block_size) * -(-key_length // config.kv_block_size)
+    prices = query.shape[0] * query.shape[2] * blocks * config.num_levels
+    if prices >= 2**31:
+        return f"block pairs times num_levels must be below 2**31, but are {prices}"
+    return None

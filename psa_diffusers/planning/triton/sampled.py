@@ -1,0 +1,454 @@
+"""Attention between sampled queries and sampled keys: what :func:`~..importance.sampled_importance` defines.
+
+One kernel makes every product and every exponential once and writes each query's masses over the kv blocks, before the
+softmax's denominator is known; a second one reads them, divides, averages, and joins the second estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div, next_power_of_2
+from ...gpu.target import INTERPRETED, padded_head_dim
+from ..errors import SHRINKAGE
+from .samples import averages, log_of_sum, sampled_rows
+from .statistics import Statistics
+from .tiles import masses_tile, precision_of, shares_tile
+
+
+class Masses(NamedTuple):
+    """Attention of sampled queries before division. A row is a sampled query; a tile spans ``BLOCKS_N`` kv blocks."""
+
+    mass: (
+        Tensor  # [rows, kv_blocks, padded to whole tiles]: sum of exp2(logit - maximum of the tile), bfloat16 for half
+    )
+    maximum: Tensor  # float32 [rows, tiles]
+    denominator: Tensor  # float32 [rows]: log2 of the softmax's denominator; inf where there is no query
+
+
+@triton.jit
+def _sampled_logits(
+    query_tile,
+    samples,
+    sample_bias,
+    start,
+    kv_blocks,
+    channel,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
+    IS_REGULAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products [ROWS, BN]: as they are where all samples weigh the same (IS_REGULAR), else logits in units of ln 2.
+
+    Column c is sample c // BLOCKS_N of block start + c % BLOCKS_N: a block's samples lie BLOCKS_N columns apart, where
+    they belong to one thread of a matrix unit's result.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    column = tl.arange(0, BLOCK_N)
+    block = start + column % BLOCKS_N
+    slot = column // BLOCKS_N
+    pointers = samples + (slot * kv_blocks + block)[:, None] * HEAD_DIM + channel[None, :]
+    if IS_REGULAR and channel.shape[0] == HEAD_DIM and BLOCK_N == BLOCKS_N * SAMPLES:
+        rows = tl.load(pointers)
+    else:
+        inside = (block < kv_blocks) & (slot < SAMPLES)
+        rows = tl.load(pointers, mask=inside[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+    logits = tl.dot(query_tile, tl.trans(rows), input_precision=PRECISION)
+    if not IS_REGULAR:
+        inside = (block < kv_blocks) & (slot < SAMPLES)
+        bias = tl.load(sample_bias + slot * kv_blocks + block, mask=inside, other=float("-inf"))
+        logits = logits * (scale * LOG2E) + bias[None, :]
+    return logits
+
+
+@triton.jit
+def _store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N: tl.constexpr):
+    """Writes a tile's masses and their reference; returns their sum [ROWS]."""
+    BLOCK_M: tl.constexpr = weights.shape[0]
+    BLOCK_N: tl.constexpr = weights.shape[1]
+    mass = tl.sum(tl.reshape(weights, (BLOCK_M, BLOCK_N // BLOCKS_N, BLOCKS_N)), axis=1)
+    block = start + tl.arange(0, BLOCKS_N)
+    tl.store(masses + row[:, None] * width + block[None, :], mass.to(masses.dtype.element_ty))
+    tl.store(maxima + row * tiles + start // BLOCKS_N, largest)
+    return tl.sum(mass, axis=1)
+
+
+@triton.jit
+def masses_kernel(
+    query,
+    samples,
+    sample_bias,
+    positions,
+    order,
+    masses,
+    maxima,
+    denominators,
+    query_strides,
+    scale,
+    heads,
+    first_head,
+    heads_here,
+    query_blocks,
+    kv_blocks,
+    regular_blocks,
+    rows_of_head,
+    width,
+    tiles,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TABLE: tl.constexpr,
+    QUERY_SAMPLES: tl.constexpr,
+    PADDED: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M sampled queries of one head against all sampled keys of the head.
+
+    The first ``regular_blocks`` kv blocks have all their samples, and these weigh the same.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    BLOCKS: tl.constexpr = BLOCK_M // PADDED
+    head = (first_head + tl.program_id(1)).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    query_tile, valid = sampled_rows(
+        query,
+        query_strides,
+        positions,
+        order,
+        batch,
+        head,
+        tl.program_id(0) * BLOCKS,
+        query_blocks,
+        channel,
+        TABLE,
+        QUERY_SAMPLES,
+        PADDED,
+        BLOCK_M,
+        HEAD_DIM,
+    )
+    samples += (batch * heads + head) * SAMPLES * kv_blocks * HEAD_DIM
+    sample_bias += batch * SAMPLES * kv_blocks
+    row = (batch * heads_here + tl.program_id(1)) * rows_of_head + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    factor = scale * LOG2E
+    for start in range(0, regular_blocks, BLOCKS_N):
+        products = _sampled_logits(
+            query_tile,
+            samples,
+            sample_bias,
+            start,
+            kv_blocks,
+            channel,
+            scale,
+            HEAD_DIM,
+            SAMPLES,
+            BLOCK_N,
+            BLOCKS_N,
+            True,
+            PRECISION,
+        )
+        largest = tl.maximum(running_max, tl.max(products, axis=1) * factor)
+        weights = tl.exp2(products * factor - largest[:, None])
+        total = _store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N)
+        running_sum = running_sum * tl.exp2(running_max - largest) + total
+        running_max = largest
+    for start in range(regular_blocks, kv_blocks, BLOCKS_N):
+        logits = _sampled_logits(
+            query_tile,
+            samples,
+            sample_bias,
+            start,
+            kv_blocks,
+            channel,
+            scale,
+            HEAD_DIM,
+            SAMPLES,
+            BLOCK_N,
+            BLOCKS_N,
+            False,
+            PRECISION,
+        )
+        new_max = tl.maximum(running_max, tl.max(logits, axis=1))
+        largest = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have met no key yet
+        weights = tl.exp2(logits - largest[:, None])
+        total = _store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N)
+        running_sum = running_sum * tl.exp2(running_max - largest) + total
+        running_max = new_max
+    tl.store(denominators + row, log_of_sum(running_max, running_sum, valid))
+
+
+@triton.jit
+def shares_kernel(
+    masses,
+    maxima,
+    denominators,
+    positions,
+    value_mean,
+    attention,
+    output,
+    output_power,
+    heads,
+    first_head,
+    heads_here,
+    query_blocks,
+    kv_blocks,
+    rows_of_head,
+    width,
+    tiles,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TABLE: tl.constexpr,
+    QUERY_SAMPLES: tl.constexpr,
+    PADDED: tl.constexpr,
+    AVERAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
+    SHRINKAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the query blocks of BLOCK_M sampled queries of one head, against all kv blocks.
+
+    ``attention`` holds the second estimate of the energy on entry, and attention^2 as the errors need it on return.
+    """
+    BLOCKS: tl.constexpr = BLOCK_M // PADDED
+    TILES: tl.constexpr = BLOCK_N // BLOCKS_N
+    head = (first_head + tl.program_id(1)).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    local = tl.arange(0, BLOCK_M)
+    sample_block = tl.program_id(0) * BLOCKS + local // PADDED
+    is_sample = (sample_block < query_blocks) & (local % PADDED < QUERY_SAMPLES)
+    position = tl.load(positions + sample_block * TABLE + local % PADDED, mask=is_sample, other=-1)
+    kind = masses.dtype.element_ty  # of float32's range: squares of masses are small
+    of_block, per_sample = averages(position >= 0, PADDED, AVERAGES, kind)
+    query_block = tl.program_id(0) * BLOCKS + tl.arange(0, AVERAGES)
+    is_block = (tl.arange(0, AVERAGES) < BLOCKS) & (query_block < query_blocks)
+    pair_row = (batch * heads + head) * query_blocks + query_block
+    row = (batch * heads_here + tl.program_id(1)) * rows_of_head + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    denominator = tl.load(denominators + row)
+    value_mean += (batch * heads + head) * kv_blocks * HEAD_DIM
+
+    mean_output = tl.zeros([AVERAGES, BLOCK_D], tl.float32)
+    for start in range(0, kv_blocks, BLOCK_N):
+        block = start + tl.arange(0, BLOCK_N)
+        inside = block < kv_blocks
+        mass = tl.load(masses + row[:, None] * width + block[None, :], mask=inside[None, :], other=0.0)
+        tile = start // BLOCKS_N + tl.arange(0, TILES)
+        largest = tl.load(maxima + row[:, None] * tiles + tile[None, :], mask=(tile < tiles)[None, :], other=0.0)
+        factor = tl.exp2(largest - denominator[:, None])  # [BM, TILES]
+        mass = tl.reshape(mass.to(tl.float32), (BLOCK_M, TILES, BLOCKS_N)) * factor[:, :, None]
+        mass = tl.reshape(mass, (BLOCK_M, BLOCK_N))
+        share = tl.dot(of_block, mass.to(kind), input_precision=PRECISION) * per_sample[:, None]  # [AVERAGES, BN]
+        energy = tl.dot(of_block, (mass * mass).to(kind), input_precision=PRECISION) * per_sample[:, None]
+        values = tl.load(
+            value_mean + block[:, None] * HEAD_DIM + channel[None, :],
+            mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        mean_output = tl.dot(share.to(values.dtype), values, mean_output, input_precision=PRECISION)
+        pair = pair_row[:, None] * kv_blocks + block[None, :]
+        mask = is_block[:, None] & inside[None, :]
+        second = tl.load(attention + pair, mask=mask, other=0.0)
+        tl.store(attention + pair, tl.exp2(tl.log2(energy * second) * (0.5 * SHRINKAGE)), mask=mask)
+
+    mask = is_block[:, None] & (channel < HEAD_DIM)[None, :]
+    stored = mean_output.to(output.dtype.element_ty)
+    tl.store(output + pair_row[:, None] * HEAD_DIM + channel[None, :], stored, mask=mask)
+    rounded = stored.to(tl.float32)
+    tl.store(output_power + pair_row, tl.sum(rounded * rounded, axis=1), mask=is_block)
+
+
+@dataclass(frozen=True)
+class MassesLayout:
+    """How the masses of one shape are cut into tiles.
+
+    Attributes:
+        padded: rows of a query block, its samples padded to a power of two.
+        rows: of one head, padded to whole programs of ``block_m`` rows.
+        blocks_n: kv blocks of a tile of ``block_n`` samples; tiles: of a row.
+    """
+
+    padded: int
+    rows: int
+    block_m: int
+    block_n: int
+    blocks_n: int
+    tiles: int
+    num_warps: int
+    num_stages: int
+
+
+def masses_layout(query: Tensor, query_blocks: int, samples: int, statistics: Statistics, target: str) -> MassesLayout:
+    """For queries [batch, query_length, heads, head_dim] of so many blocks, ``samples`` of each."""
+    tile = masses_tile(target, query.shape[3], query.dtype)
+    padded = next_power_of_2(samples)
+    block_m = max(tile.block_m, padded)
+    key_samples = next_power_of_2(statistics.samples.shape[2])
+    blocks_n = max(1, tile.block_n // key_samples)
+    return MassesLayout(
+        padded=padded,
+        rows=ceil_div(query_blocks * padded, block_m) * block_m,
+        block_m=block_m,
+        block_n=blocks_n * key_samples,
+        blocks_n=blocks_n,
+        tiles=ceil_div(statistics.counts.shape[1], blocks_n),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def heads_at_a_time(query: Tensor, layout: MassesLayout, limit: int) -> int:
+    """Heads whose masses fit in ``limit`` bytes; at least one."""
+    batch, _, heads, _ = query.shape
+    numbers = layout.tiles * (layout.blocks_n * _mass_dtype(query).itemsize + 4) + 4
+    return min(heads, max(1, limit // (batch * layout.rows * numbers)))
+
+
+def empty_masses(query: Tensor, layout: MassesLayout, heads: int) -> Masses:
+    """Memory for the masses of so many heads at a time."""
+    rows = query.shape[0] * heads * layout.rows
+    return Masses(
+        mass=query.new_empty(rows, layout.tiles * layout.blocks_n, dtype=_mass_dtype(query)),
+        maximum=query.new_empty(rows, layout.tiles, dtype=torch.float32),
+        denominator=query.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _mass_dtype(query: Tensor) -> torch.dtype:
+    """Masses need the range of float32; the interpreter has no bfloat16."""
+    return torch.float32 if INTERPRETED or query.dtype == torch.float32 else torch.bfloat16
+
+
+def masses_launch(
+    query: Tensor,
+    positions: Tensor,
+    order: Tensor | None,
+    statistics: Statistics,
+    masses: Masses,
+    layout: MassesLayout,
+    heads: range,
+    *,
+    samples: int,
+    scale: float,
+    full_blocks: int,
+    target: str,
+) -> KernelLaunch:
+    """The launch that fills ``masses`` for some heads.
+
+    Args:
+        query: [batch, seq, heads, head_dim], any strides.
+        positions: int32 [query_blocks, drawn], of which the first ``samples`` count here.
+        full_blocks: so many kv blocks, from the first, have no key missing in any sample of the batch.
+    """
+    head_dim, query_blocks = query.shape[3], len(positions)
+    # With a negative scale the largest product is the smallest logit.
+    regular_blocks = full_blocks // layout.blocks_n * layout.blocks_n if scale > 0 else 0
+    arguments = {
+        "query": query,
+        "samples": statistics.samples,
+        "sample_bias": statistics.sample_bias,
+        "positions": positions,
+        "order": order,
+        "masses": masses.mass,
+        "maxima": masses.maximum,
+        "denominators": masses.denominator,
+        "query_strides": query.stride(),
+        "scale": scale,
+        "heads": query.shape[2],
+        "first_head": heads.start,
+        "heads_here": len(heads),
+        "query_blocks": query_blocks,
+        "kv_blocks": statistics.counts.shape[1],
+        "regular_blocks": regular_blocks,
+        "rows_of_head": layout.rows,
+        "width": masses.mass.shape[1],
+        "tiles": layout.tiles,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "TABLE": positions.shape[1],
+        "QUERY_SAMPLES": samples,
+        "PADDED": layout.padded,
+        "SAMPLES": statistics.samples.shape[2],
+        "BLOCK_M": layout.block_m,
+        "BLOCK_N": layout.block_n,
+        "BLOCKS_N": layout.blocks_n,
+        "PRECISION": precision_of(target, query.dtype),
+    }
+    grid = (layout.rows // layout.block_m, len(heads), query.shape[0])
+    return KernelLaunch(masses_kernel, grid, arguments, layout.num_warps, layout.num_stages)
+
+
+def shares_launch(
+    masses: Masses,
+    layout: MassesLayout,
+    positions: Tensor,
+    statistics: Statistics,
+    attention: Tensor,
+    output: Tensor,
+    output_power: Tensor,
+    heads: range,
+    *,
+    samples: int,
+    target: str,
+) -> KernelLaunch:
+    """The launch that turns the second estimate in ``attention`` into attention^2, and fills what is beside it.
+
+    Args:
+        masses: of ``heads``, see :func:`masses_launch`.
+        attention: float32 [batch, all heads, query_blocks, kv_blocks]; in and out.
+        output: [batch, all heads, query_blocks, head_dim], the mean output that the shares of the blocks' means give.
+        output_power: float32 [batch, all heads, query_blocks], its squared norm.
+    """
+    batch, all_heads, query_blocks, kv_blocks = attention.shape
+    head_dim = output.shape[3]
+    tile = shares_tile(target, head_dim, output.dtype)
+    block_m = max(min(tile.block_m, layout.block_m), layout.padded)
+    arguments = {
+        "masses": masses.mass,
+        "maxima": masses.maximum,
+        "denominators": masses.denominator,
+        "positions": positions,
+        "value_mean": statistics.value_mean,
+        "attention": attention,
+        "output": output,
+        "output_power": output_power,
+        "heads": all_heads,
+        "first_head": heads.start,
+        "heads_here": len(heads),
+        "query_blocks": query_blocks,
+        "kv_blocks": kv_blocks,
+        "rows_of_head": layout.rows,
+        "width": masses.mass.shape[1],
+        "tiles": layout.tiles,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "TABLE": positions.shape[1],
+        "QUERY_SAMPLES": samples,
+        "PADDED": layout.padded,
+        "AVERAGES": max(16, block_m // layout.padded),
+        "BLOCK_M": block_m,
+        "BLOCK_N": max(tile.block_n, layout.blocks_n),
+        "BLOCKS_N": layout.blocks_n,
+        "SHRINKAGE": SHRINKAGE,
+        "PRECISION": precision_of(target, output.dtype),
+    }
+    grid = (layout.rows // block_m, len(heads), batch)
+    return KernelLaunch(shares_kernel, grid, arguments, tile.num_warps, tile.num_stages)
