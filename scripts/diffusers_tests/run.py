@@ -77,6 +77,13 @@ def row_of(name: str, native: dict, sparse: dict) -> tuple[dict, list[str]]:
     return row, worse
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="folder of a clone of diffusers, at about the installed version")
@@ -93,11 +100,8 @@ def main() -> int:
         print(json.dumps(row), *(f"  only natively: {test}" for test in worse), sep="\n", flush=True)
         if options.verbose and worse:
             print(sparse["output"])
-    if options.csv and rows:
-        with options.csv.open("w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        if options.csv:  # file by file, so that an interrupted run keeps what it has
+            write_csv(options.csv, rows)
     return 0 if fine and rows else 1
 
 

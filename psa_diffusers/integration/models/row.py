@@ -59,6 +59,8 @@ class ModelRow:
         layer: (model, module's path) -> index of the transformer block, as ``dense_layers`` counts.
         sparse, text, grid: What that comes to, in words, for the README's table.
         one_sample_a_call: The native computes the samples of a batch one by one.
+        one_sequence: Tokens beside the video's are in one tensor with it before the blocks, so that context parallel
+            splits all of them together, in their order.
         dense: Why this family stays dense. Then all the rest is left out.
     """
 
@@ -72,6 +74,7 @@ class ModelRow:
     text: str = ""
     grid: str = ""
     one_sample_a_call: bool = False
+    one_sequence: bool = False
     dense: str = ""
 
     def is_self_attention(self, name: str) -> bool:
