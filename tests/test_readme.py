@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "psa-generate",
         "psa-bench",
         "psa-doctor",
+        "accelerate",
         "ruff",
     }
 
@@ -106,6 +110,22 @@ def test_psa_generate(command, tiny, tmp_path, capsys, monkeypatch):
         folder = tmp_path / command[command.index("--output") + 1]
         expected = {"video.mp4", "run.json"} | ({"dense.mp4", "side_by_side.mp4"} if "--compare" in command else set())
         assert {file.name for file in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("command", commands_of("accelerate"), ids=named)
+def test_many_prompts(command, tiny, tmp_path):
+    """On the CPU, with fewer and smaller frames and steps than the README's."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    assert command[1] == "launch"
+    port = ["--main_process_port", "0"]  # another test may be on the usual one
+    smaller = ["--model", str(tiny), "--device", "cpu", "--steps", "2", "--quiet"]
+    command = [Path(sys.executable).with_name("accelerate"), "launch", *port, *command[2:], *smaller]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    folder = tmp_path / command[command.index("--output") + 1]
+    assert {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")} == {
+        f"{number}/{name}" for number in ("001", "002") for name in ("run.json", "video.mp4")
+    }
 
 
 @pytest.mark.parametrize("command", commands_of("psa-bench"), ids=named)

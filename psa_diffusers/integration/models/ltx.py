@@ -42,6 +42,7 @@ LTX = ModelRow(
     sparse="`attn1`",
     text="cross-attention; keyframes and clips of the condition pipeline come first",
     grid="`num_frames`, `height`, `width`, else `video_coords`, read once a run",
+    one_sequence=True,
 )
 
 

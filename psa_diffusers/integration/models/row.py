@@ -60,6 +60,8 @@ class ModelRow:
         sparse, text, grid: What that comes to, in words, for the README's table.
         default_native: model -> the class name of the processors that it sets itself, where that depends on it.
         one_sample_a_call: The native computes the samples of a batch one by one.
+        one_sequence: Tokens beside the video's are in one tensor with it before the blocks, so that context parallel
+            splits all of them together, in their order.
         dense: Why this family stays dense. Then all the rest is left out.
     """
 
@@ -74,6 +76,7 @@ class ModelRow:
     grid: str = ""
     default_native: Callable[[nn.Module], str] | None = None
     one_sample_a_call: bool = False
+    one_sequence: bool = False
     dense: str = ""
 
     def is_self_attention(self, name: str) -> bool:
