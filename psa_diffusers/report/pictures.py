@@ -52,11 +52,10 @@ def plot_order(
         grid: (frames, height, width) in tokens.
         orders: By label, int64 [tokens], the token at each position; None = raster.
         block_size: Tokens in a block.
-        blocks: Which blocks to colour; default five, from the first to the last.
+        blocks: Which blocks to colour; default every fourth of the first sixteen.
         frames: Which frames of tokens to show; default the first eight.
     """
-    total = -(-grid[0] * grid[1] * grid[2] // block_size)
-    blocks = np.linspace(0, total - 1, 5).round().astype(int).tolist() if blocks is None else blocks
+    blocks = range(0, 16, 4) if blocks is None else blocks
     frames = range(min(8, grid[0])) if frames is None else frames
     figure = new_figure(1.15 * len(frames) + 0.5, 1.3 * len(orders))
     from matplotlib.colors import ListedColormap

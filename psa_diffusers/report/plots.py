@@ -14,7 +14,7 @@ from .level_losses import level_name, level_shares
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SKIPPED = "#f4f4f4"
+SKIPPED = "#d0d0d0"
 MARKERS = "osD^vPX*"
 
 
@@ -23,8 +23,8 @@ def level_colours(num_levels: int) -> dict[str, Any]:
     import matplotlib
 
     names = [level_name(level, num_levels) for level in range(1, num_levels + 2)]
-    shades = matplotlib.colormaps["viridis"]
-    colours = {name: shades(0.95 * i / (len(names) - 1)) for i, name in enumerate(names)}
+    shades = matplotlib.colormaps["YlGnBu"]
+    colours = {name: shades(1 - 0.9 * i / (len(names) - 1)) for i, name in enumerate(names)}
     return {**colours, "skip": SKIPPED}
 
 
@@ -106,14 +106,20 @@ def plot_trade_off(
         measure: What the error is of.
     """
     figure = new_figure(6.8, 3.8)
+    from matplotlib.ticker import LogLocator
+
     axes = figure.subplots()
     for number, (label, curve) in enumerate(curves.items()):
         budgets, errors = zip(*sorted(curve), strict=True)
         axes.plot(budgets, errors, marker=MARKERS[number % len(MARKERS)], label=label)
-    for label, (budget, error) in (points or {}).items():
+    for number, (label, (budget, error)) in enumerate((points or {}).items()):
         axes.plot([budget], [error], "k.", markersize=5)
-        axes.annotate(label, (budget, error), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        beside = (5, -9 if number % 2 else 3)  # in turn, for points that lie on each other
+        axes.annotate(label, (budget, error), xytext=beside, textcoords="offset points", fontsize=8)
     axes.set(xlabel="compute budget (dense = 1)", ylabel=measure, yscale="log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3, which="both")
     if curves:
         axes.legend(frameon=False, fontsize=8)
