@@ -63,7 +63,7 @@ def bundled_or(tiny: Path) -> Path:
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
-    assert {command[0] for command in commands()} <= {"pip", "python", "psa-generate", "psa-bench", "ruff"}
+    assert {command[0] for command in commands()} <= {"pip", "python", "psa-generate", "psa-bench", "ruff", "jupyter"}
 
 
 def test_the_first_command_installs_and_generates_and_the_second_runs_the_tests():
@@ -108,6 +108,19 @@ def test_psa_bench(command, capsys):
 
     assert run_command("psa-bench", app, [*command[1:], "--tokens", "512,1024", "--repeats", "1"]) == 0
     assert "1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands_of("jupyter"), ids=named)
+def test_jupyter(command):
+    """Not started here (tests/notebooks runs the notebooks): it opens a notebook, and the extra brings it."""
+    assert command[:2] == ["jupyter", "lab"] and all((ROOT / file).is_file() for file in command[2:])
+    assert "jupyterlab" in PROJECT["optional-dependencies"]["notebooks"]
+
+
+def test_all_notebooks_are_named():
+    assert {file.name for file in (ROOT / "notebooks").glob("*.ipynb")} == set(
+        re.findall(r"- `notebooks/(\S+)`:", README)
+    )
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
