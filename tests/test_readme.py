@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,8 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "psa-generate",
         "psa-bench",
         "psa-doctor",
+        "accelerate",
+        "jupyter",
         "ruff",
     }
 
@@ -108,6 +113,22 @@ def test_psa_generate(command, tiny, tmp_path, capsys, monkeypatch):
         assert {file.name for file in folder.iterdir()} == expected
 
 
+@pytest.mark.parametrize("command", commands_of("accelerate"), ids=named)
+def test_many_prompts(command, tiny, tmp_path):
+    """On the CPU, with fewer and smaller frames and steps than the README's."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    assert command[1] == "launch"
+    port = ["--main_process_port", "0"]  # another test may be on the usual one
+    smaller = ["--model", str(tiny), "--device", "cpu", "--steps", "2", "--quiet"]
+    command = [Path(sys.executable).with_name("accelerate"), "launch", *port, *command[2:], *smaller]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    folder = tmp_path / command[command.index("--output") + 1]
+    assert {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")} == {
+        f"{number}/{name}" for number in ("001", "002") for name in ("run.json", "video.mp4")
+    }
+
+
 @pytest.mark.parametrize("command", commands_of("psa-bench"), ids=named)
 def test_psa_bench(command, capsys):
     """With fewer tokens and repeats than the README's."""
@@ -122,6 +143,19 @@ def test_psa_doctor(command, capsys):
     from psa_diffusers.cli.doctor import app
 
     assert run_command("psa-doctor", app, command[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", commands_of("jupyter"), ids=named)
+def test_jupyter(command):
+    """Not started here (tests/notebooks runs the notebooks): it opens a notebook, and the extra brings it."""
+    assert command[:2] == ["jupyter", "lab"] and all((ROOT / file).is_file() for file in command[2:])
+    assert "jupyterlab" in PROJECT["optional-dependencies"]["notebooks"]
+
+
+def test_all_notebooks_are_named():
+    assert {file.name for file in (ROOT / "notebooks").glob("*.ipynb")} == set(
+        re.findall(r"- `notebooks/(\S+)`:", README)
+    )
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -73,16 +74,18 @@ def run_command(name: str, app: Callable[..., Any], arguments: Sequence[str] | N
 
 
 def _report(name: str, error: Exception, cause: BaseException, arguments: Sequence[str]) -> int:
-    code, message = _explain(name, error)
+    code, message = explain(name, error)
     if "--debug" in arguments:
         typer.echo("".join(traceback.format_exception(cause)), err=True)
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        return code  # one of several processes, of which the first speaks
     typer.echo(f"{name}: {message}", err=True)
     if "--json" in arguments:
         typer.echo(json.dumps({"error": message, "exit_code": code}))
     return code
 
 
-def _explain(name: str, error: Exception) -> tuple[int, str]:
+def explain(name: str, error: Exception) -> tuple[int, str]:
     """Exit code and message. Parsing errors are known by their methods, as some typers bring a click of their own."""
     if isinstance(error, CommandError):
         return error.exit_code, str(error)

@@ -75,9 +75,12 @@ def generate(
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
 ) -> None:
     from . import generation
+    from .processes import find_processes
     from .summary import show
 
-    job = generation.prepare(
+    processes = find_processes(device)
+    prepare = partial(
+        generation.prepare,
         prompts=(prompt, prompts_file),
         attention=(preset, config, compute_budget),
         model=model,
@@ -97,9 +100,16 @@ def generate(
         output=output,
         overwrite=overwrite,
         command=command_line("psa-generate", context.obj),
+        processes=processes,
     )
-    say = (lambda text: None) if quiet else partial(typer.echo, err=True)
-    records = generation.run(job, say=say, quiet=quiet)
+    silent = quiet or not processes.is_main
+    say = (lambda text: None) if silent else partial(typer.echo, err=True)
+    job = processes.together(prepare)[processes.index]
+    folders = processes.together(lambda: generation.plan(job) if processes.is_main else None)[0]
+    shares = processes.together(lambda: generation.run(job, folders, processes, say=say, quiet=silent))
+    records = [record for _, record in sorted(item for share in shares for item in share.items())]
+    if not processes.is_main:
+        return
     if as_json:
         typer.echo(json.dumps(records if prompts_file else records[0], indent=2, allow_nan=False))
     elif not quiet:

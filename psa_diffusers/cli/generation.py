@@ -14,7 +14,9 @@ from ..report.comparison import compare_videos, side_by_side
 from . import machine as machines
 from . import pipeline, run_record, settings
 from .denoise import Generated, generate
+from .errors import WrongUsageError
 from .output import DENSE_VIDEO, SIDE_BY_SIDE, VIDEO, RunFolder, default_folder, plan_folders
+from .processes import Processes
 
 Say = Callable[[str], None]
 
@@ -27,7 +29,9 @@ class Job:
     prompts: list[str]
     requests: list[dict[str, Any]]
     settings: settings.GenerationSettings
-    folders: list[RunFolder | None]
+    output: Path
+    numbered: bool
+    overwrite: bool
     compare: bool
     lpips_weights: Path | None
     command: str
@@ -47,12 +51,15 @@ def prepare(
     output: Path | None,
     overwrite: bool,
     command: str,
+    processes: Processes | None = None,
 ) -> Job:
     """Check every option, cheapest first, before any weights are read.
 
     Raises:
         WrongUsageError: an option cannot be met; the message says what to do.
     """
+    if processes is not None and processes.count > 1:
+        machine = _of_this_process(processes, prompts[1], machine)
     texts = settings.read_prompts(*prompts)
     config = settings.read_config(*attention)
     settings.check_lpips_weights(lpips_weights, compare)
@@ -64,8 +71,30 @@ def prepare(
     numbered = prompts[1] is not None
     if output is None:
         output = Path("outputs") / prompts[1].stem if numbered else default_folder(texts[0], seed)
-    folders = plan_folders(output, requests, numbered, overwrite)
-    return Job(source, texts, requests, resolved, folders, compare, lpips_weights, command, unknown_words)
+    return Job(
+        source=source,
+        prompts=texts,
+        requests=requests,
+        settings=resolved,
+        output=output,
+        numbered=numbered,
+        overwrite=overwrite,
+        compare=compare,
+        lpips_weights=lpips_weights,
+        command=command,
+        unknown_words=unknown_words,
+    )
+
+
+def _of_this_process(processes: Processes, prompts_file: Path | None, machine: tuple) -> tuple:
+    """The machine's options, with the device that the launcher gave to this process."""
+    if prompts_file is None:
+        raise WrongUsageError(
+            "several processes share the prompts of a file: use --prompts-file, or start one process."
+        )
+    if machine[0] not in (None, "cpu"):
+        raise WrongUsageError(f"--device {machine[0]}: leave it out, so that each process gets a device of its own.")
+    return (processes.device, *machine[1:])
 
 
 def resolve_settings(
@@ -112,30 +141,48 @@ def resolve_settings(
     return resolved
 
 
-def run(job: Job, *, say: Say, quiet: bool) -> list[dict[str, Any]]:
-    """Make the videos that are not there yet, one after the other, and return all records.
+def plan(job: Job) -> list[RunFolder | None]:
+    """A folder for every prompt, None for those that are finished already; the last check of a job."""
+    return plan_folders(job.output, job.requests, job.numbered, job.overwrite)
+
+
+def run(
+    job: Job, folders: list[RunFolder | None], processes: Processes, *, say: Say, quiet: bool
+) -> dict[int, dict[str, Any]]:
+    """Make this process's share of the videos that are not there yet, one after the other.
 
     Each is on disk before the next one starts.
+
+    Returns:
+        The records, by the number of the prompt.
     """
-    if job.unknown_words:
-        say(f"The model does not know these words and ignores them: {', '.join(job.unknown_words)}.")
-    todo = [folder for folder in job.folders if folder is not None]
-    if len(todo) < len(job.folders):
-        done = len(job.folders) - len(todo)
-        say(f"{done} of {len(job.folders)} videos are there already; --overwrite makes them anew.")
+    todo = [number for number, folder in enumerate(folders) if folder is not None]
+    _announce(job, len(todo), processes, say)
+    own = processes.share(todo)
     pipe, load_seconds = None, 0.0
-    if todo:
+    if own:
         start = time.perf_counter()
         pipe = pipeline.load_pipeline(job.source, job.settings.dtype, job.settings.device, job.settings.offload)
         load_seconds = time.perf_counter() - start
-    records = []
-    for prompt, request, folder in zip(job.prompts, job.requests, job.folders, strict=True):
-        if folder is None:
-            continue
+    records = {}
+    for number in own:
+        prompt, request, folder = job.prompts[number], job.requests[number], folders[number]
         if len(job.prompts) > 1:
             say(f'{folder.path}: "{prompt}"')
-        records.append(_make_one(job, pipe, prompt, request, folder, load_seconds, quiet))
+        records[number] = _make_one(job, pipe, prompt, request, folder, load_seconds, quiet)
+    if processes.count > 1 and own:
+        say("Waiting for the other processes.")
     return records
+
+
+def _announce(job: Job, todo: int, processes: Processes, say: Say) -> None:
+    if job.unknown_words:
+        say(f"The model does not know these words and ignores them: {', '.join(job.unknown_words)}.")
+    if todo < len(job.prompts):
+        done = len(job.prompts) - todo
+        say(f"{done} of {len(job.prompts)} videos are there already; --overwrite makes them anew.")
+    if processes.count > 1 and todo:
+        say(f"{processes.count} processes make {todo} videos; the first one shows its progress.")
 
 
 def _make_one(

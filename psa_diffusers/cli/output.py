@@ -84,8 +84,7 @@ def plan_folders(
         existing = folder.existing()
         if existing and not overwrite:
             record = folder.record()
-            same = all(record.get(name) == value for name, value in json.loads(json.dumps(request)).items())
-            if not numbered or not same:
+            if not numbered or not _answers(record, request):
                 raise WrongUsageError(
                     f"{folder.path} already holds {', '.join(existing)}. Add --overwrite to replace, or name another "
                     "folder by --output."
@@ -98,3 +97,12 @@ def plan_folders(
         if folder is not None:
             check_writable(folder.path)
     return folders
+
+
+def _answers(record: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether the record is of this request. Which one of several GPUs made it does not matter."""
+    wanted = json.loads(json.dumps(request))
+    given = {name: record.get(name) for name in wanted}
+    for values in (wanted, given):
+        values["device"] = str(values.get("device")).split(":")[0]
+    return wanted == given

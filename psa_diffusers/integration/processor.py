@@ -44,6 +44,7 @@ class ForwardCall:
     branch: str | int
     slots: tuple[AttentionSlot, ...]
     calls: int = 1  # of the attention function by each attention module
+    in_order: bool = True  # context parallel leaves the tokens in their order
 
 
 class PSAProcessor(SparseProcessor):
@@ -178,7 +179,9 @@ class PSAProcessor(SparseProcessor):
         self._check_parallel(patch, layout)
         branch = self._branch(model, patch, step, new_run)
         calls = len(arguments["hidden_states"]) if patch.row.one_sample_a_call else 1
-        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention), calls)
+        # Where video and text are split one by one, a process holds a part of both: their order is another one.
+        in_order = patch.row.one_sequence or not (layout and layout.has_others)
+        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention), calls, in_order)
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
         self._count_compiled(patch, slots)
@@ -218,7 +221,7 @@ class PSAProcessor(SparseProcessor):
         blocks = patch.compiled()
         for slot in slots if blocks else ():
             if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
-                self.statistics.count_dense(slot.dense_reason, self._call.calls)
+                self.statistics.count_dense(slot.dense_reason, self._call.calls, layer=slot.layer)
 
     def _branch(self, model: nn.Module, patch: ModelPatch, step: Step | None, new_run: bool) -> str | int:
         """Which of a step's forwards this is: as the pipeline names it, else by its number in the step."""
@@ -246,7 +249,7 @@ class PSAProcessor(SparseProcessor):
             self._slot = slot
             return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
         if slot.self_attention and not torch.compiler.is_compiling():
-            self.statistics.count_dense(slot.dense_reason, self._call.calls)
+            self.statistics.count_dense(slot.dense_reason, self._call.calls, layer=slot.layer)
         return slot.native(attn, *args, **kwargs)
 
     def _attention(self, dense: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -263,7 +266,7 @@ class PSAProcessor(SparseProcessor):
                 return self._attend(query, key, value, self._slot, scale, padded, shared)
             except parallel.OtherTokensError:
                 reason = OTHER_TOKENS
-        self.statistics.count_dense(reason)
+        self.statistics.count_dense(reason, layer=self._slot.layer)
         return dense(query, key, value, **options)
 
     def _attend(
@@ -304,7 +307,7 @@ class PSAProcessor(SparseProcessor):
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device):
             output = operations.attend(query, key, value, config, plan, scale)
-        statistics.count_sparse(plan, group)
+        statistics.count_sparse(plan, group, layer=slot.layer, branch=self._call.branch)
         return output
 
     def attend_at(
@@ -333,8 +336,7 @@ class PSAProcessor(SparseProcessor):
             "dropout": options.get("dropout_p", 0.0) > 0,
             "grouped queries": options.get("enable_gqa", False) or key.shape[2] != query.shape[2],
             "context parallel": context is None and options.get("parallel_config") is not None,
-            # Each process would hold a part of these, so that the full sequence is in another order.
-            "context parallel with text tokens": context is not None and self._call.layout.has_others,
+            "context parallel with text tokens": context is not None and not self._call.in_order,
             "attention intercepted": intercepted(),
             "gradients needed": torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
             OTHER_TOKENS: layout is None or length != key_length,

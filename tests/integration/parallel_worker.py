@@ -9,17 +9,21 @@ import datetime
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.distributed as dist
 
 from psa_diffusers.integration import disable_psa, enable_psa, operations, psa_statistics
+from psa_diffusers.integration.processor import installed_processors
 
+from .tiny_models import TINY
 from .tiny_wan import generate, pipeline, tiny_config, transformer
 
 LARGE = {"height": 64, "width": 96, "num_frames": 13}  # 4 x 4 x 6 = 96 tokens
 ODD = {"height": 48, "width": 48, "num_frames": 9}  # 3 x 3 x 3 = 27 tokens
 HEADS = {"num_attention_heads": 4}
 KINDS = ("t2v", "i2v", "ti2v", "experts")
+FAMILIES = ("ltx", "ltx-condition", "chronoedit", "minimax")
 
 
 def make_pipeline(kind: str = "t2v", **settings):
@@ -41,6 +45,36 @@ def make_parallel(pipe, names=("transformer", "transformer_2"), **settings):
             config = ContextParallelConfig(ulysses_degree=dist.get_world_size(), **settings)
             getattr(pipe, name).enable_parallelism(config=config)
     return pipe
+
+
+def prepare(name):
+    """A tiny model of another family and its arguments, of sizes that can be split over two processes."""
+    tiny = TINY[name]
+    grid = {"ltx": (4, 4, 6), "ltx-condition": (3, 5, 3)}.get(name, tiny.grids[0])
+    inputs = tiny.inputs(grid, 1)
+    if name.startswith("ltx"):  # diffusers splits the text too, and cannot split its mask
+        inputs |= {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :8], "encoder_attention_mask": None}
+    return tiny.build(), inputs
+
+
+@torch.no_grad()
+def forward(model, inputs, budget):
+    """A sparse call of a model: outputs, plans and statistics."""
+    enable_psa(model, tiny_config(compute_budget=budget, dense_warmup=0.0, backend="reference"))
+    with Recorder() as plans, installed_processors([model])[0].step(0, 1):
+        outputs = model(**inputs, return_dict=False)
+    outputs = torch.cat([part.flatten() for part in outputs])
+    return {"latents": outputs, "plans": plans, "statistics": psa_statistics(model).to_dict()}
+
+
+def family(name):
+    """What a family's model does in processes; None where this diffusers cannot spread it."""
+    model_class = getattr(diffusers, TINY[name].model, None)
+    if getattr(model_class, "_cp_plan", None) is None:
+        return None
+    model, inputs = prepare(name)
+    model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    return forward(model, inputs, budget=0.5)
 
 
 class Recorder:
@@ -130,6 +164,7 @@ def cases(has_anything: bool) -> dict:
     for name, (kind, model, config, size, parallel) in sparse_cases().items():
         if has_anything or not (parallel or kind == "i2v"):  # 0.36 cannot split the text of image-to-video
             results[name] = run(make_parallel(make_pipeline(kind, **model), **parallel), config, size)
+    results |= {name: family(name) for name in FAMILIES}
     results["one expert"] = one_expert_parallel()
     results["enabled before"] = enabled_before_parallel()
     results["disabled again"] = disabled_again()

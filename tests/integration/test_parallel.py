@@ -13,7 +13,7 @@ from psa_diffusers.integration import enable_psa, operations, parallel
 from psa_diffusers.integration.processor import PSAProcessor
 from psa_diffusers.integration.tokens import TokenLayout
 
-from .parallel_worker import make_pipeline, run, sparse_cases
+from .parallel_worker import FAMILIES, forward, make_pipeline, prepare, run, sparse_cases
 from .tiny_wan import LAYERS, pipeline, tiny_config
 
 WORLD = 2
@@ -83,6 +83,14 @@ def test_plans_results_and_statistics_are_those_of_one_process(name, ranks):
     assert_same_as_one_process(of_case(ranks, name), alone)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families(name, ranks):
+    parts = of_case(ranks, name)
+    alone = forward(*prepare(name), budget=0.5)
+    assert alone["statistics"]["sparse_calls"] == 2 and alone["statistics"]["dense_calls"] == 0
+    assert_same_as_one_process(parts, alone)
+
+
 def test_one_lambda_for_all_heads(ranks):
     """Processes take different shares of the budget, which they do not when each one spends its own."""
     parts = of_case(ranks, "t2v")
@@ -143,7 +151,7 @@ def test_heads_over_processes(heads, degree, anything, fits):
 def test_text_in_the_sequence_stays_dense():
     """Each process would hold a part of the text behind its part of the video."""
     processor = PSAProcessor(pipeline().transformer, tiny_config())
-    processor._call = SimpleNamespace(layout=TokenLayout((4, 4, 6), after=8))
+    processor._call = SimpleNamespace(layout=TokenLayout((4, 4, 6), after=8), in_order=False)
     shared = SimpleNamespace(context_parallel_config=context(2))
     query = torch.ones(1, 52, 4, 12)
     reason = processor._dense_reason_of(query, query, query, {"parallel_config": shared})

@@ -308,6 +308,18 @@ def test_padding_changes_nothing_for_the_other_sample(interpreter):
     assert not both[1].any()
 
 
+def test_padded_queries_of_text_do_not_move_the_plan(interpreter):
+    """A padded text token is a query too, in a block that is full anyway: the budget of the others stays theirs."""
+    query, key, value, _, _ = inputs_of(Case((1, 1, 286)))
+    options = {"grid": (4, 8, 8), "full_tokens": slice(256, 286), "key_lengths": [259]}
+    value[:, 0] *= 100.0
+    other = query.clone()
+    other[:, 259:, 0] = 50.0 * key[:, :1, 0]  # one head's padding finds the one great value
+    config = PSAConfig(**SMALL, compute_budget=0.5)
+    plans = [interpreter.call(CHECKS, "plan", queries, key, value, config, **options) for queries in (query, other)]
+    assert torch.equal(plans[0].level_mask, plans[1].level_mask)
+
+
 @pytest.mark.parametrize(
     "settings, reason",
     [

@@ -27,4 +27,5 @@ MINIMAX_H3 = ModelRow(
     sparse="joint attention of all blocks; the token refiner stays dense",
     text="first: text, conditions, audio",
     grid="`position_ids`, read once a run",
+    one_sequence=True,
 )
