@@ -105,7 +105,7 @@ class StepClock:
         if position is None:
             position = _place_in_storage(timestep, timesteps)
         if position is None and not _is_readable(timestep, timesteps):
-            position = _steps_made(pipe.scheduler, timesteps)
+            position = _steps_made(pipe.scheduler, timesteps, begun=not renewed)
         if position is None:
             position = _nearest(timestep, timesteps)
         if position is None:
@@ -149,10 +149,12 @@ def _is_readable(timestep: Any, timesteps: torch.Tensor) -> bool:
     return all(not isinstance(item, torch.Tensor) or item.device.type == "cpu" for item in (timestep, timesteps))
 
 
-def _steps_made(scheduler: Any, timesteps: torch.Tensor) -> int | None:
-    """The scheduler's own count, of those that keep one; before the first step it is None."""
+def _steps_made(scheduler: Any, timesteps: torch.Tensor, begun: bool) -> int | None:
+    """The scheduler's own count, of those that keep one. It is None before the first step: and where a pipeline steps
+    copies of its scheduler for ever, so that in a run that has begun it tells nothing."""
     made = getattr(scheduler, "_step_index", "")
-    made = (getattr(scheduler, "_begin_index", None) or 0) if made is None else made
+    if made is None and not begun:
+        made = getattr(scheduler, "_begin_index", None) or 0
     return made if isinstance(made, int) and 0 <= made < len(timesteps) else None
 
 

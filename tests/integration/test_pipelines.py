@@ -46,7 +46,13 @@ PIPELINES = {
         2,
     ),
     "skyreels": ("SkyReelsV2Pipeline", "UniPCMultistepScheduler", {**SIZE, **PROMPTS}, 2 * 2),
-    # These copy their timesteps.
+    # These copy their timesteps, the first its scheduler too.
+    "skyreels-forcing": (
+        "SkyReelsV2DiffusionForcingPipeline",
+        "UniPCMultistepScheduler",
+        {**SIZE, **PROMPTS, "prompt": None, "base_num_frames": 9},
+        2 * 2,
+    ),
     "easyanimate": ("EasyAnimatePipeline", FLOW, {**SIZE, **PROMPTS, **MASKS}, 2),
     "kandinsky-5": (
         "Kandinsky5T2VPipeline",
@@ -66,7 +72,7 @@ PIPELINES = {
 
 def make(name):
     pipeline, scheduler, _, _ = PIPELINES[name]
-    transformer = TINY[name].build()
+    transformer = TINY[name.removesuffix("-forcing")].build()
     cls = getattr(diffusers, pipeline)
     needed = inspect.signature(cls).parameters.values()
     parts = {part.name: None for part in needed if part.default is inspect.Parameter.empty}

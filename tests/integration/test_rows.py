@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, models, psa_statistics
 from psa_diffusers.integration.models import ROWS, find_row
 from psa_diffusers.integration.models.row import ModelRow, latent_grid
+from psa_diffusers.integration.native import attach
 from psa_diffusers.integration.tokens import NO_GRID, TokenLayout
 
 from .tiny_wan import tiny_config, transformer
@@ -142,3 +144,48 @@ def test_find_row():
 def test_latent_grid(shape, channels, config, grid):
     model = SimpleNamespace(config=SimpleNamespace(**config))
     assert latent_grid(model, {"hidden_states": torch.empty(shape)}, channels) == grid
+
+
+# Self-attention modules of a transformer of its default size, as many as it has blocks.
+FULL_SIZE = {
+    "WanTransformer3DModel": 40,
+    "WanVACETransformer3DModel": 40 + 8,
+    "WanAnimateTransformer3DModel": 40,
+    "ChronoEditTransformer3DModel": 40,
+    "SkyReelsV2Transformer3DModel": 32,
+    "HunyuanVideoTransformer3DModel": 20 + 40,
+    "HunyuanVideoFramepackTransformer3DModel": 20 + 40,
+    "HunyuanVideo15Transformer3DModel": 54,
+    "CogVideoXTransformer3DModel": 30,
+    "ConsisIDTransformer3DModel": 30,
+    "LTXVideoTransformer3DModel": 28,
+    "LTX2VideoTransformer3DModel": 48,
+    "MochiTransformer3DModel": 48,
+    "CosmosTransformer3DModel": 28,
+    "Kandinsky5Transformer3DModel": 32,
+    "Kandinsky6Transformer3DModel": 60,
+    "AllegroTransformer3DModel": 32,
+    "EasyAnimateTransformer3DModel": 48,
+    "AnyFlowTransformer3DModel": 40,
+    "MotifVideoTransformer3DModel": 20 + 40,
+    "HeliosTransformer3DModel": 40,
+    "MiniMaxH3Transformer3DModel": 50,
+}
+NO_DEFAULTS = {"EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2}}
+
+
+def test_full_size_is_known_for_every_row():
+    assert set(FULL_SIZE) == set(models.known_transformers())
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_rows_find_the_attention_of_full_size(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**NO_DEFAULTS.get(name, {}))
+    slots = [slot for _, slot in attach(model).attention if slot.self_attention]
+    assert len(slots) == FULL_SIZE[name] and all(slot.known for slot in slots)
+    row, blocks = find_row(model), FULL_SIZE[name]
+    layers = [row.layer(model, slot.name) for slot in slots]
+    assert set(layers) == set(range(max(layers) + 1)) and max(layers) == blocks - 1 - 8 * ("VACE" in name)

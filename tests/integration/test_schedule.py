@@ -330,5 +330,8 @@ def test_clock_takes_the_schedulers_count_where_reading_would_wait(monkeypatch):
     assert clock.locate(pipe, torch.tensor(5.0)) == (None, False)  # after the run
     pipe.scheduler._step_index, pipe.scheduler._begin_index = None, 1
     assert StepClock().locate(pipe, torch.tensor(5.0))[0] == Step(0, 2)
+    clock = StepClock()  # copies of the scheduler are stepped: it never counts
+    pipe.scheduler._begin_index = None
+    assert [clock.locate(pipe, timestep.clone())[0] for timestep in pipe.scheduler.timesteps] == steps
     del pipe.scheduler._step_index  # a scheduler that does not count: the value after all
     assert StepClock().locate(pipe, torch.tensor(600.0))[0] == Step(0, 2)
