@@ -32,6 +32,7 @@ from psa_diffusers.cli import pipeline, run_record
 from psa_diffusers.cli.denoise import generate
 from psa_diffusers.cli.generation import resolve_settings
 from psa_diffusers.cli.settings import GenerationSettings
+from psa_diffusers.integration import capture_attention
 from psa_diffusers.metrics import psnr, ssim
 from psa_diffusers.metrics.video_io import whole_file
 from psa_diffusers.report.equal_budget import BUDGET_RULE, METHODS, SCALED, calibrate
@@ -68,24 +69,9 @@ def read_prompts(path: Path, count: int) -> list[str]:
 
 def record_calls(experiment: Experiment, prompt: str, every: int) -> list:
     """One default run; of its attention calls every ``every``-th, as functions config -> compute budget."""
-    from psa_diffusers.integration import operations
-
-    calls, counter, real = [], 0, operations.build_plan
-
-    def recording(query, key, value, config, **options):
-        nonlocal counter
-        counter += 1
-        if counter % every == 0:
-            q, k, v = (tensor.clone() for tensor in (query, key, value))
-            calls.append(lambda other: real(q, k, v, other, **options).compute_budget)
-        return real(query, key, value, config, **options)
-
-    operations.build_plan = recording
-    try:
+    with capture_attention(experiment.pipe, every=every) as calls:
         experiment.run(prompt, experiment.settings.config)
-    finally:
-        operations.build_plan = real
-    return calls
+    return [lambda config, call=call: call.plan(config).compute_budget for call in calls]
 
 
 def calibrated(experiment: Experiment, prompt: str, wanted: list[tuple[str, float]], every: int) -> dict:

@@ -73,6 +73,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "psa-bench",
         "psa-doctor",
         "accelerate",
+        "jupyter",
         "ruff",
     }
 
@@ -142,6 +143,19 @@ def test_psa_doctor(command, capsys):
     from psa_diffusers.cli.doctor import app
 
     assert run_command("psa-doctor", app, command[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", commands_of("jupyter"), ids=named)
+def test_jupyter(command):
+    """Not started here (tests/notebooks runs the notebooks): it opens a notebook, and the extra brings it."""
+    assert command[:2] == ["jupyter", "lab"] and all((ROOT / file).is_file() for file in command[2:])
+    assert "jupyterlab" in PROJECT["optional-dependencies"]["notebooks"]
+
+
+def test_all_notebooks_are_named():
+    assert {file.name for file in (ROOT / "notebooks").glob("*.ipynb")} == set(
+        re.findall(r"- `notebooks/(\S+)`:", README)
+    )
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])

@@ -55,7 +55,9 @@ def _choose(query: Tensor, plan: Plan | None, needs_grad: bool) -> tuple[str, st
         return "reference", "Gradients are needed, and only the reference backend has them."
     obstacle = triton_obstacle(query, plan)
     if obstacle is None:
-        return "triton", f"The tensors are on {query.device}, and Triton supports them."
+        reason = f"The tensors are on {query.device}, and Triton supports them."
+        note = importlib.import_module(".triton", __name__).kernel_note(query, plan) if plan is not None else ""
+        return "triton", f"{reason} {note}".rstrip()
     return "torch", f"Triton is not used: {obstacle}."
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics import to_uint8
+from ..metrics.step_timer import StepTimer
 from . import plugin
 from .errors import CommandError
 from .settings import GenerationSettings
@@ -47,36 +48,6 @@ class Generated:
         return [i for i, step_kind in enumerate(self.step_kinds) if step_kind == kind]
 
 
-class StepClock:
-    """Times of the denoising steps, without making the GPU wait: CUDA events there, the wall clock elsewhere."""
-
-    def __init__(self, device: str):
-        import torch
-
-        self._torch = torch
-        self.on_gpu = torch.device(device).type == "cuda"
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        if self.on_gpu:
-            event = self._torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def started(self) -> bool:
-        return bool(self._marks)
-
-    def seconds(self) -> list[float]:
-        """Seconds between marks. Waits for the GPU: call it after the run."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if not self.on_gpu:
-            return [after - before for before, after in pairs]
-        self._torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
-
-
 class StepWatcher:
     """Follows one pipeline call: which steps were dense or sparse, how long each took, and the bar on the screen."""
 
@@ -84,21 +55,15 @@ class StepWatcher:
         from tqdm import tqdm
 
         self.pipe, self.sparse = pipe, sparse
-        self.clock = StepClock(settings.device)
+        self.timer = StepTimer(pipe, settings.device)
         self.kinds: list[str] = []
-        self._live_budget = not self.clock.on_gpu  # reading it would make a GPU wait
+        self._live_budget = not self.timer.on_gpu  # reading it would make a GPU wait
         self._asked = settings.config.compute_budget
         self._bar = tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=quiet)
-        transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-        self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in transformers if m is not None]
-
-    def _before_forward(self, *_: Any) -> None:
-        if not self.clock.started():
-            self.clock.mark()
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, values: dict) -> dict:
         """diffusers' ``callback_on_step_end``."""
-        self.clock.mark()
+        self.timer.mark()
         statistics = plugin.statistics(pipe) if self.sparse else None
         kind = DENSE if statistics is None or statistics.last_step is None else statistics.last_step[2]
         self.kinds.append(kind)
@@ -116,8 +81,7 @@ class StepWatcher:
 
     def close(self) -> None:
         self._bar.close()
-        for hook in self._hooks:
-            hook.remove()
+        self.timer.close()
 
 
 def generate(pipe: Any, prompt: str, settings: GenerationSettings, *, sparse: bool, quiet: bool = False) -> Generated:
@@ -159,7 +123,7 @@ def generate(pipe: Any, prompt: str, settings: GenerationSettings, *, sparse: bo
         watcher.close()
         if sparse:
             plugin.switch_off(pipe)
-    return Generated(_frames(output), watcher.kinds, watcher.clock.seconds(), total, statistics)
+    return Generated(_frames(output), watcher.kinds, watcher.timer.seconds(), total, statistics)
 
 
 def _frames(output: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import PSAConfig
 from . import machine
 from .errors import first_line
-from .pipeline import ModelSource, size_rules
+from .pipeline import ModelSource, compression
 from .run_record import versions
 
 MEASURABLE_FLOPS = {"cpu": 2e11, "cuda": 2e14}  # of a layer: some seconds
@@ -78,22 +78,23 @@ def _transformers_in(index: dict[str, Any]) -> list[tuple[str, str]]:
 
 def has_forecast(index: dict[str, Any]) -> bool:
     """Whether the tokens of a pipeline's transformers can be told from a video's size."""
-    from ..integration.forecast import FORECASTS
+    from ..integration.example_inputs import EXAMPLE_INPUTS
 
-    return any(kind in FORECASTS for _, kind in _transformers_in(index))
+    return any(kind in EXAMPLE_INPUTS for _, kind in _transformers_in(index))
 
 
 def _transformer(question: Question, component: str, kind: str) -> dict[str, Any]:
     """What a sparse step would do in one transformer."""
-    from ..integration.forecast import FORECASTS, forecast, random_model, sparse_layers
+    from ..integration.example_inputs import EXAMPLE_INPUTS
+    from ..integration.forecast import forecast, random_model, sparse_layers
 
     settings = question.source.read_config(component)
     found: dict[str, Any] = {"component": component, "class": kind, "why_dense": None, "no_forecast": None}
     try:
         found["sparse_layers"] = sparse_layers(random_model(kind, settings))
     except ValueError as error:
-        return {**found, "sparse_layers": 0, "why_dense": first_line(error)}
-    if kind not in FORECASTS:
+        return {**found, "sparse_layers": 0, "why_dense": first_line(error).removeprefix("PSAProcessor: ")}
+    if kind not in EXAMPLE_INPUTS:
         return {**found, "no_forecast": f"psa-doctor cannot tell the tokens of {kind}, and so makes no estimate."}
     latents = _latents(question)
     seen = forecast(kind, settings, latents, question.config)
@@ -104,9 +105,7 @@ def _transformer(question: Question, component: str, kind: str) -> dict[str, Any
 
 
 def _latents(question: Question) -> tuple[int, int, int]:
-    frame_step, _ = size_rules(question.source)
-    vae = question.source.read_config("vae")
-    spatial = vae.get("scale_factor_spatial") or 2 ** len(vae.get("temperal_downsample", (False, True, True)))
+    frame_step, spatial = compression(question.source.read_config("vae"))
     return (question.num_frames - 1) // frame_step + 1, question.height // spatial, question.width // spatial
 
 

@@ -171,11 +171,22 @@ def size_rules(source: ModelSource) -> tuple[int, tuple[int, int]]:
     vae = source.read_config("vae")
     has_first = source.index.get("transformer", [None])[0] is not None
     patch = source.read_config("transformer" if has_first else "transformer_2").get("patch_size", (1, 2, 2))
-    stages = vae.get("temperal_downsample", (False, True, True))  # diffusers spells it so
-    frame_step = vae.get("scale_factor_temporal") or 2 ** sum(stages)
-    spatial = vae.get("scale_factor_spatial") or 2 ** len(stages)
-    # WanPipeline asks for multiples of 16 whatever the model's own step is.
+    patch = patch if isinstance(patch, list | tuple) else (1, patch, patch)
+    frame_step, spatial = compression(vae)
+    # Pipelines ask for multiples of 16 whatever the model's own step is.
     return frame_step, (math.lcm(16, spatial * patch[1]), math.lcm(16, spatial * patch[2]))
+
+
+def compression(vae: dict[str, Any]) -> tuple[int, int]:
+    """How many frames, and pixels of a side, go into one of the latents, by a VAE's ``config.json``."""
+    if "spatio_temporal_scaling" in vae:  # LTX
+        stages = 2 ** sum(vae["spatio_temporal_scaling"])
+        return vae.get("patch_size_t", 1) * stages, vae.get("patch_size", 1) * stages
+    if "temporal_compression_ratio" in vae:  # HunyuanVideo, CogVideoX
+        spatial = vae.get("spatial_compression_ratio") or 2 ** (len(vae["block_out_channels"]) - 1)
+        return vae["temporal_compression_ratio"], spatial
+    stages = vae.get("temperal_downsample", (False, True, True))  # Wan; diffusers spells it so
+    return vae.get("scale_factor_temporal") or 2 ** sum(stages), vae.get("scale_factor_spatial") or 2 ** len(stages)
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "none"):

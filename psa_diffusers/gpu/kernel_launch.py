@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,20 @@ class KernelLaunch:
         """The compiler's options. Fused multiply-adds are asked for by name, since Triton's default changes in 3.10."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
-    def run(self) -> None:
-        """Enqueues the kernel on the current stream of its tensors' device."""
+    def run(self) -> Any:
+        """Enqueues the kernel on the current stream of its tensors' device; gives the compiled kernel, if there is one.
+
+        Called as ``compiled[grid](*arguments)``, a grid of three and arguments in the kernel's order, that runs again.
+        """
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         if device.type != "cuda":
-            self.kernel[self.grid](**self.arguments, **self.options)
-        elif device.index == torch.cuda.current_device():
-            self._launch(device)
-        else:  # Triton launches on the current device, which need not be the tensors'
-            with torch.cuda.device(device):
-                self._launch(device)
+            return self.kernel[self.grid](**self.arguments, **self.options)
+        # Triton launches on the current device, which need not be the tensors'.
+        is_elsewhere = device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if is_elsewhere else nullcontext():
+            return self._launch(device)
 
-    def _launch(self, device: torch.device) -> None:
+    def _launch(self, device: torch.device) -> Any:
         values = [self.arguments[name] for name in self.kernel.arg_names]
         if not all(isinstance(value, _PLAIN) for value in values):  # descriptors of tensors, which cannot be a key
             self.kernel[self.grid](**self.arguments, **self.options)
@@ -48,11 +51,12 @@ class KernelLaunch:
         compiled = _COMPILED.get(key)
         if compiled is not None:
             compiled[(*self.grid, 1, 1)[:3]](*values)
-            return
+            return compiled
         compiled = self.kernel[self.grid](**self.arguments, **self.options)
         if len(_COMPILED) >= _MOST_COMPILED:
             _COMPILED.clear()
         _COMPILED[key] = compiled
+        return compiled
 
 
 def _traits(value: Any) -> Any:

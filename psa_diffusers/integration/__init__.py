@@ -1,7 +1,16 @@
-"""What knows diffusers: the attention processor, its schedule, and the ways to install and remove it."""
+"""What knows diffusers: the attention processor, its schedule, and the ways to install, remove and watch it."""
 
+from .capture import AttentionCall, capture_attention
 from .install import disable_psa, enable_psa, psa_statistics
 from .processor import PSAProcessor
 from .statistics import PSAStatistics
 
-__all__ = ["PSAProcessor", "PSAStatistics", "disable_psa", "enable_psa", "psa_statistics"]
+__all__ = [
+    "AttentionCall",
+    "PSAProcessor",
+    "PSAStatistics",
+    "capture_attention",
+    "disable_psa",
+    "enable_psa",
+    "psa_statistics",
+]

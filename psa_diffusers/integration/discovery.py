@@ -27,8 +27,8 @@ def no_transformer(pipe_or_model: Any) -> str:
     parts = [pipe_or_model] if isinstance(pipe_or_model, nn.Module) else pipe_or_model.components.values()
     models = ", ".join(type(part).__name__ for part in parts if isinstance(part, nn.Module))
     return (
-        f"pipe must have a video transformer that PSA knows ({', '.join(known_transformers())}), but "
-        f"{type(pipe_or_model).__name__} has {models or 'no model'}. Use it as it is, without PSA."
+        f"pipe must have a video transformer that PSA knows, but {type(pipe_or_model).__name__} has "
+        f"{models or 'no model'}. Use it as it is, without PSA. Known: {', '.join(known_transformers())}."
     )
 
 

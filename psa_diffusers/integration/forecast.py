@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PSAConfig
-from .native import PATCH
+from .example_inputs import EXAMPLE_INPUTS
+from .native import PATCH, set_processor
 from .processor import PSAProcessor
 
 REPEATS = 3
-TEXT_TOKENS, IMAGE_TOKENS = 512, 257  # what Wan's pipelines give their transformers
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ def forecast(name: str, settings: Mapping[str, Any], latents: tuple[int, int, in
         config: PSA's settings.
 
     Raises:
-        ValueError: there is no forecast for the class (``FORECASTS`` holds those that have one).
+        ValueError: nothing is known of the class's inputs (``EXAMPLE_INPUTS`` holds those of which there is).
     """
-    if name not in FORECASTS:
-        raise ValueError(f"no forecast for {name}; there is one for {', '.join(FORECASTS)}.")
+    if name not in EXAMPLE_INPUTS:
+        raise ValueError(f"no forecast for {name}; there is one for {', '.join(EXAMPLE_INPUTS)}.")
     model = random_model(name, settings)
     recorder = _Recorder(model, replace(config, dense_warmup=0.0, dense_last=0.0, refresh_every=1))
-    model.set_attn_processor(recorder)
+    _install(model, recorder)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, recorder.step(0, 1):
-        model(**FORECASTS[name](model, latents))
+        model(**EXAMPLE_INPUTS[name](model, latents))
     shapes = recorder.shapes
     _, tokens, heads, head_dim = shapes[0] if shapes else (None,) * 4
     return Forecast(
@@ -188,10 +188,11 @@ def measure_layer(
 
     Weights and latents are random: what is measured is the work, which a budget fixes, not the closeness.
     """
-    one = {"num_layers": 1, **({"vace_layers": [0]} if "vace_layers" in settings else {})}
-    model = random_model(name, {**settings, **one}, device)
+    one = {"num_layers": 1, "num_single_layers": 0, "vace_layers": [0]}
+    fewer = {key: value for key, value in one.items() if key in settings or key == "num_layers"}
+    model = random_model(name, {**settings, **fewer}, device)
     model = nn.Module.to(model, dtype)  # all of it; a model's own method would remark on that
-    inputs = FORECASTS[name](model, latents)
+    inputs = EXAMPLE_INPUTS[name](model, latents)
     config = replace(config, dense_warmup=0.0, dense_last=0.0, dense_layers=(), refresh_every=1)
     dense, dense_parts = _timed_forward(model, _DenseTimer(model, config), inputs)
     sparse, sparse_parts = _timed_forward(model, PSAProcessor(model, config), inputs)
@@ -202,7 +203,7 @@ def measure_layer(
 
 def _timed_forward(model: nn.Module, processor: PSAProcessor, inputs: Mapping[str, Tensor]) -> tuple[float, Any]:
     """Seconds of the fastest of some forwards after a first one (others may use the machine), and its statistics."""
-    model.set_attn_processor(processor)
+    _install(model, processor)
     on_gpu, runs = inputs["hidden_states"].device.type == "cuda", []
     for _ in range(1 + REPEATS):
         processor.statistics.reset()
@@ -217,27 +218,7 @@ def _timed_forward(model: nn.Module, processor: PSAProcessor, inputs: Mapping[st
     return min(runs[1:], key=lambda run: run[0])
 
 
-def _wan(model: nn.Module, latents: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Arguments of a forward of one sample."""
-    weight, config = model.patch_embedding.weight, model.config
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=weight.device).to(weight.dtype)
-
-    inputs = {
-        "hidden_states": random(1, config.in_channels, *latents),
-        "timestep": torch.full((1,), 500, device=weight.device),
-        "encoder_hidden_states": random(1, TEXT_TOKENS, config.text_dim),
-    }
-    if config.image_dim is not None:
-        inputs["encoder_hidden_states_image"] = random(1, IMAGE_TOKENS, config.image_dim)
-    if "vace_in_channels" in config:
-        inputs["control_hidden_states"] = random(1, config.vace_in_channels, *latents)
-    return inputs
-
-
-# What makes the arguments of a forward, for latents of (frames, height, width).
-FORECASTS: dict[str, Callable[[nn.Module, tuple[int, int, int]], dict[str, Tensor]]] = {
-    "WanTransformer3DModel": _wan,
-    "WanVACETransformer3DModel": _wan,
-}
+def _install(model: nn.Module, processor: PSAProcessor) -> None:
+    """Also on transformers that have no ``set_attn_processor``."""
+    for module, slot in getattr(model, PATCH).attention:
+        set_processor(module, processor if slot.self_attention else slot.native)

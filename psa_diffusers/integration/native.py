@@ -158,11 +158,11 @@ def _native_of(model: nn.Module, row: ModelRow, name: str, module: nn.Module) ->
 
 def _default_native(model: nn.Module, row: ModelRow, name: str, module: nn.Module) -> Any:
     """What the model sets itself: the native is gone where a PSAProcessor that was made without the model was set."""
-    default = getattr(module, "_default_processor_cls", AttnProcessor2_0)  # newer modules know it
-    if row.is_self_attention(name):
-        homes = {sys.modules[type(part).__module__] for part in model.modules()}
-        default = next(getattr(home, row.natives[0]) for home in homes if hasattr(home, row.natives[0]))
-    return default()
+    if row.default_native is None and not row.is_self_attention(name):
+        return getattr(module, "_default_processor_cls", AttnProcessor2_0)()  # newer modules know it
+    native = row.natives[0] if row.default_native is None else row.default_native(model)
+    homes = {sys.modules[type(part).__module__] for part in model.modules()}
+    return next(getattr(home, native) for home in homes if hasattr(home, native))()
 
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -221,7 +221,7 @@ class PSAProcessor(SparseProcessor):
         blocks = patch.compiled()
         for slot in slots if blocks else ():
             if slot.self_attention and not slot.sparse and slot.name.startswith(blocks):
-                self.statistics.count_dense(slot.dense_reason, self._call.calls)
+                self.statistics.count_dense(slot.dense_reason, self._call.calls, layer=slot.layer)
 
     def _branch(self, model: nn.Module, patch: ModelPatch, step: Step | None, new_run: bool) -> str | int:
         """Which of a step's forwards this is: as the pipeline names it, else by its number in the step."""
@@ -249,7 +249,7 @@ class PSAProcessor(SparseProcessor):
             self._slot = slot
             return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
         if slot.self_attention and not torch.compiler.is_compiling():
-            self.statistics.count_dense(slot.dense_reason, self._call.calls)
+            self.statistics.count_dense(slot.dense_reason, self._call.calls, layer=slot.layer)
         return slot.native(attn, *args, **kwargs)
 
     def _attention(self, dense: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -266,7 +266,7 @@ class PSAProcessor(SparseProcessor):
                 return self._attend(query, key, value, self._slot, scale, padded, shared)
             except parallel.OtherTokensError:
                 reason = OTHER_TOKENS
-        self.statistics.count_dense(reason)
+        self.statistics.count_dense(reason, layer=self._slot.layer)
         return dense(query, key, value, **options)
 
     def _attend(
@@ -307,7 +307,7 @@ class PSAProcessor(SparseProcessor):
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device):
             output = operations.attend(query, key, value, config, plan, scale)
-        statistics.count_sparse(plan, group)
+        statistics.count_sparse(plan, group, layer=slot.layer, branch=self._call.branch)
         return output
 
     def attend_at(

@@ -67,7 +67,8 @@ class StepClock:
     In order: the caller's explicit step; the step index in the model's cache context; the position of the pipeline's
     current timestep (else of its guider's, else of the one given to the transformer) in ``scheduler.timesteps``: by its
     place in the same storage, which is exact for repeated timesteps and reads nothing from the device, or by value on
-    the CPU.
+    the CPU. Where the pipeline copies its timesteps on a GPU, the steps that the scheduler itself has made; where it
+    does not count them either, the value, once a forward.
     """
 
     def __init__(self) -> None:
@@ -103,6 +104,8 @@ class StepClock:
             position = _place_told_to_guiders(pipe, timesteps)
         if position is None:
             position = _place_in_storage(timestep, timesteps)
+        if position is None and not _is_readable(timestep, timesteps):
+            position = _steps_made(pipe.scheduler, timesteps)
         if position is None:
             position = _nearest(timestep, timesteps)
         if position is None:
@@ -141,12 +144,22 @@ def _place_in_storage(timestep: Any, timesteps: torch.Tensor) -> int | None:
     return place if rest == 0 and 0 <= place < len(timesteps) else None
 
 
+def _is_readable(timestep: Any, timesteps: torch.Tensor) -> bool:
+    """Whether the values can be compared without waiting for a GPU."""
+    return all(not isinstance(item, torch.Tensor) or item.device.type == "cpu" for item in (timestep, timesteps))
+
+
+def _steps_made(scheduler: Any, timesteps: torch.Tensor) -> int | None:
+    """The scheduler's own count, of those that keep one; before the first step it is None."""
+    made = getattr(scheduler, "_step_index", "")
+    made = (getattr(scheduler, "_begin_index", None) or 0) if made is None else made
+    return made if isinstance(made, int) and 0 <= made < len(timesteps) else None
+
+
 def _nearest(timestep: Any, timesteps: torch.Tensor) -> int | None:
-    """Position of the nearest timestep, where it is near and can be read without waiting for a GPU."""
-    if timesteps.device.type != "cpu":
-        return None
+    """Position of the nearest timestep, where it is near. On a GPU this waits."""
     if isinstance(timestep, torch.Tensor):
-        if timestep.device.type != "cpu" or timestep.numel() == 0:
+        if timestep.numel() == 0:
             return None
         timestep = float(timestep.max())  # per-token timesteps (TI2V) are 0 where an image is given
     if not isinstance(timestep, int | float):

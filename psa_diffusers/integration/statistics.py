@@ -6,15 +6,41 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..planning.plan import Plan
 from ..planning.sharing import mean_over_heads
-from .schedule import Step
+from .schedule import STEP_UNKNOWN, Step
 
 DENSE, SPARSE, SKIPPED = "dense", "sparse", "skipped"
+
+# Seconds, or a GPU's events around them.
+Duration = float | tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCall:
+    """What is kept of one sparse call; on its device, until it is read.
+
+    Attributes:
+        step: Index of the denoising step; None = not known.
+        layer: Index of the transformer block.
+        branch: Which of the step's forwards it was part of.
+        counts: int64 [levels, batch, heads], from :meth:`Plan.level_counts`.
+        num_levels, kv_block_size: Of the plan.
+        planning: What making the plan took; next to nothing where it was there already.
+    """
+
+    step: int | None
+    layer: int
+    branch: str | int
+    counts: torch.Tensor
+    num_levels: int
+    kv_block_size: int
+    planning: Duration
 
 
 class PSAStatistics:
@@ -32,6 +58,8 @@ class PSAStatistics:
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
         planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
+        calls: A :class:`SparseCall` for each sparse call; ``psa_report`` reads them.
+        dense: Calls that ran dense, by (step, layer, reason); step and layer are None where they are not known.
     """
 
     def __init__(self) -> None:
@@ -40,7 +68,8 @@ class PSAStatistics:
     def reset(self) -> None:
         """Forget everything counted so far."""
         self.sparse_calls = 0
-        self._dense_reasons: Counter[str] = Counter()
+        self.calls: list[SparseCall] = []
+        self.dense: Counter[tuple[int | None, int | None, str]] = Counter()
         self.steps: list[tuple[int, int, str]] = []
         self.backend: str | None = None
         self.backend_reason: str | None = None
@@ -50,6 +79,7 @@ class PSAStatistics:
         self._budget_sum: torch.Tensor | float = 0.0
         self._seconds = {"planning": 0.0, "attention": 0.0}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._last: dict[str, Duration] = {"planning": 0.0, "attention": 0.0}
 
     # -- counting -------------------------------------------------------------------------------------------------
 
@@ -58,17 +88,23 @@ class PSAStatistics:
         if not self.steps or self.steps[-1][:2] != (step.index, step.total):
             self.steps.append((step.index, step.total, SKIPPED if cached else DENSE))
 
-    def count_dense(self, reason: str, calls: int = 1) -> None:
-        self._dense_reasons[reason] += calls
+    def count_dense(self, reason: str, calls: int = 1, *, layer: int | None = None) -> None:
+        step = None if reason == STEP_UNKNOWN else self._step
+        self.dense[(step, layer, reason)] += calls
         if self.steps and self.steps[-1][2] == SKIPPED:
             self.steps[-1] = (*self.steps[-1][:2], DENSE)
 
-    def count_sparse(self, plan: Plan, heads_group: Any | None = None) -> None:
+    def count_sparse(
+        self, plan: Plan, heads_group: Any | None = None, *, layer: int = 0, branch: str | int = 0
+    ) -> None:
         """``heads_group``: the processes that hold the layer's other heads, whose costs count too."""
         self.sparse_calls += 1
         if self.planner is None:
             self.planner, self.planner_reason = plan.planner, plan.planner_reason
-        cost = plan.mean_cost()
+        counts = plan.level_counts()
+        cost = plan.mean_cost(counts)
+        facts = (plan.num_levels, plan.kv_block_size, self._last["planning"])
+        self.calls.append(SparseCall(self._step, layer, branch, counts, *facts))
         if heads_group is not None:
             cost = mean_over_heads(cost, plan.level_mask.shape[1], heads_group)
         total = self._budget_sum
@@ -94,20 +130,29 @@ class PSAStatistics:
                 yield
                 end.record()
             self._events.append((part, start, end))
+            self._last[part] = (start, end)
         else:
             started = time.perf_counter()
             yield
-            self._seconds[part] += time.perf_counter() - started
+            self._last[part] = time.perf_counter() - started
+            self._seconds[part] += self._last[part]
+
+    @property
+    def _step(self) -> int | None:
+        return self.steps[-1][0] if self.steps else None
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     @property
     def dense_calls(self) -> int:
-        return sum(self._dense_reasons.values())
+        return self.dense.total()
 
     @property
     def dense_reasons(self) -> dict[str, int]:
-        return dict(self._dense_reasons)
+        reasons: Counter[str] = Counter()
+        for (_, _, reason), calls in self.dense.items():
+            reasons[reason] += calls
+        return dict(reasons)
 
     @property
     def last_step(self) -> tuple[int, int, str] | None:

@@ -63,23 +63,29 @@ class Plan:
         tokens = torch.arange(self.key_length, device=device) if self.order is None else self.order.to(device)
         return tokens[None, :] < self.key_lengths.to(device)[:, None]
 
-    def mean_cost(self) -> Tensor:
-        """float64 scalar on the plan's device (no synchronisation): the mean cost over block pairs with real keys."""
-        counted, pairs = None, self.level_mask.numel()
-        real = self.real_keys()
+    def level_counts(self) -> Tensor:
+        """int64 [num_levels + 2, batch, heads] on the plan's device (no synchronisation): block pairs with real keys at
+        each level (skip, 1 .. num_levels, centroid)."""
+        counted, real = None, self.real_keys()
         if real is not None:
             padded = torch.nn.functional.pad(real, (0, self.kv_blocks * self.kv_block_size - self.key_length))
-            blocks = padded.view(real.shape[0], 1, 1, self.kv_blocks, self.kv_block_size).any(-1)
-            counted = blocks.expand_as(self.level_mask)
-            pairs = counted.sum().clamp(min=1)
-        # Counted level by level: nothing is copied to the device, and nothing larger than the mask is made.
-        total = self.level_mask.new_zeros((), dtype=torch.float64)
+            counted = padded.view(real.shape[0], 1, 1, self.kv_blocks, self.kv_block_size).any(-1)
+        # Level by level: nothing is copied to the device, and nothing larger than the mask is made.
+        chosen = (self.level_mask == level for level in range(self.num_levels + 2))
+        return torch.stack([(pairs if counted is None else pairs & counted).sum((2, 3)) for pairs in chosen])
+
+    def mean_cost(self, counts: Tensor | None = None) -> Tensor:
+        """float64 scalar on the plan's device (no synchronisation): the mean cost over block pairs with real keys.
+
+        ``counts`` is what :meth:`level_counts` gives, where it is there already.
+        """
+        counts = self.level_counts() if counts is None else counts
+        pairs = counts.sum((1, 2)).double()
+        total = pairs.new_zeros(())
         for level in range(1, self.num_levels + 2):
-            chosen = self.level_mask == level
-            chosen = chosen if counted is None else chosen & counted
             cost = 2.0 ** -(level - 1) if level <= self.num_levels else 1 / self.kv_block_size
-            total = total + chosen.sum().double() * cost
-        return total / pairs
+            total = total + pairs[level] * cost
+        return total / pairs.sum().clamp(min=1)
 
     @property
     def compute_budget(self) -> float:

@@ -79,7 +79,7 @@ def test_a_unet_pipeline(make):
 def test_a_pipeline_without_any_model():
     pipe = pipeline()
     pipe.transformer = None
-    with pytest.raises(ValueError, match=r"pipe must have a video transformer.*WanTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"pipe must have a video transformer.*has Auto.*Known: WanTransformer3DModel"):
         enable_psa(pipe)
 
 

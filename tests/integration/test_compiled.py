@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from psa_diffusers.integration import enable_psa, operations, psa_statistics
+from psa_diffusers.integration import disable_psa, enable_psa, operations, psa_statistics
 
+from .test_models import forward
+from .tiny_models import TINY
 from .tiny_wan import generate, pipeline, tiny_config, transformer
 
 
@@ -89,3 +91,22 @@ def test_a_transformer_compiled_as_one_full_graph_is_refused():
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="compile_repeated_blocks"):
         generate(pipe, steps=2)
+
+
+def test_joint_attention_under_a_padding_mask():
+    """HunyuanVideo: two kinds of blocks, text in the sequence, a mask that the opaque operation must honour."""
+    tiny = TINY["hunyuan"]
+    model, inputs = tiny.build(), tiny.inputs((3, 4, 5), 2)
+    changed = dict(inputs)
+    tiny.change_padding(changed)
+    settings = {"compute_budget": 0.5, "dense_warmup": 0.0, "backend": "reference"}
+    expected = forward(enable_psa(model, tiny_config(**settings)), inputs)
+    graphs = Graphs()
+    disable_psa(model)
+    enable_psa(model, tiny_config(**settings))
+    model.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    count = graphs.count
+    torch.testing.assert_close(forward(model, changed), expected, rtol=1e-4, atol=1e-4)
+    assert graphs.count == count  # nothing is compiled anew
+    assert psa_statistics(model).sparse_calls == 2 * tiny.calls and psa_statistics(model).dense_calls == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from psa_diffusers import PSAConfig
-from psa_diffusers.integration import PSAProcessor, enable_psa, psa_statistics
+from psa_diffusers.integration import PSAProcessor, enable_psa, psa_statistics, schedule
 from psa_diffusers.integration.schedule import (
     CallContext,
     Step,
@@ -315,3 +315,20 @@ def test_clock_sees_a_new_run():
             pipe._current_timestep = timestep
             seen += [clock.locate(pipe, None)[1], clock.locate(pipe, None)[1]]
     assert seen == [True, False, False, False, False, False] * 2
+
+
+def test_clock_takes_the_schedulers_count_where_reading_would_wait(monkeypatch):
+    """Some pipelines hand on copies of their timesteps: on a GPU their values are out of reach."""
+    monkeypatch.setattr(schedule, "_is_readable", lambda *_: False)
+    pipe = Pipe(torch.tensor([900.0, 600.0, 300.0]), 3)
+    pipe.scheduler._step_index = None
+    clock, steps = StepClock(), []
+    for count, timestep in enumerate(pipe.scheduler.timesteps, start=1):
+        steps.append(clock.locate(pipe, timestep.clone() + 50.0)[0])
+        pipe.scheduler._step_index = count
+    assert steps == [Step(0, 3), Step(1, 3), Step(2, 3)]
+    assert clock.locate(pipe, torch.tensor(5.0)) == (None, False)  # after the run
+    pipe.scheduler._step_index, pipe.scheduler._begin_index = None, 1
+    assert StepClock().locate(pipe, torch.tensor(5.0))[0] == Step(0, 2)
+    del pipe.scheduler._step_index  # a scheduler that does not count: the value after all
+    assert StepClock().locate(pipe, torch.tensor(600.0))[0] == Step(0, 2)

@@ -35,7 +35,9 @@ def ltx(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
-KEYFRAMES = 15  # one frame of the grid with which it is used
+def keyframe(grid: Grid) -> int:
+    """Tokens of the one frame that is given as a condition."""
+    return grid[1] * grid[2]
 
 
 def coordinates(grid: Grid, start: float = 0.0) -> torch.Tensor:
@@ -113,6 +115,7 @@ def wan(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
+SKYREELS_BLOCKS = WAN | dict(num_frame_per_block=2)
 ANIMATE = WAN | dict(
     in_channels=12,
     latent_channels=4,
@@ -188,6 +191,18 @@ def kandinsky(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
+KANDINSKY_6 = KANDINSKY | dict(visual_cond=False, in_audio_dim=6, out_audio_dim=6)
+
+
+def kandinsky_6(grid: Grid, batch: int) -> dict[str, Any]:
+    inputs = kandinsky(grid, batch)
+    del inputs["text_rope_pos"]
+    return inputs | dict(
+        audio_hidden_states=noise(batch, 30, 6),  # as many as video tokens: their number tells nothing
+        encoder_attention_mask=padding_mask(REAL, TEXT, batch)[:, None, None, :],
+    )
+
+
 ALLEGRO = dict(
     num_attention_heads=2,
     attention_head_dim=96,  # as the real one: no power of two
@@ -238,9 +253,7 @@ ALONE = {
         calls=2,
         change_padding=TEXT_BY_CROSS_ATTENTION,
     ),
-    "ltx-condition": Tiny(
-        "LTXVideoTransformer3DModel", LTX, ltx_condition, calls=2, before=KEYFRAMES, grids=((4, 3, 5), (3, 5, 3))
-    ),
+    "ltx-condition": Tiny("LTXVideoTransformer3DModel", LTX, ltx_condition, calls=2, before=keyframe),
     "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, wan, calls=2),
     "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, wan, calls=2),
     "wan-animate": Tiny("WanAnimateTransformer3DModel", ANIMATE, animate, calls=2, grids=((3, 4, 5), (5, 3, 7))),
@@ -253,9 +266,15 @@ ALONE = {
     "ltx-2-keyframes": Tiny(
         "LTX2VideoTransformer3DModel",
         LTX_2,
-        lambda grid, batch: ltx_2(grid, batch, KEYFRAMES),
+        lambda grid, batch: ltx_2(grid, batch, keyframe(grid)),
         calls=2,
-        after=KEYFRAMES,
-        grids=((4, 3, 5), (3, 5, 3)),
+        after=keyframe,
+    ),
+    "kandinsky-6": Tiny(
+        "Kandinsky6Transformer3DModel",
+        KANDINSKY_6,
+        kandinsky_6,
+        calls=2,
+        grids=((3, 2, 5), (5, 3, 7)),
     ),
 }

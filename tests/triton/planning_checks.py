@@ -37,7 +37,11 @@ def run_stages(
 ) -> Stages:
     """All launches, one by one, over buffers that start as garbage; the masses take ``masses_bytes`` at a time."""
     before, planner.MASSES_BYTES = planner.MASSES_BYTES, masses_bytes
-    statistics = planner.run_statistics(key, value, config, order, key_lengths)
+    statistics = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
+    _poison(statistics)
+    draws, where = planner.sampled_draws(key, config), {"order": order, "key_lengths": key_lengths}
+    sizes = {"kv_block_size": config.kv_block_size, "target": "cpu"}
+    planner.statistics_launch(key, value, statistics, draws, **where, **sizes).run()
     positions = planner.sampled_positions(query, config)
     estimates = planner.empty_estimates(query, positions, statistics)
     _poison(estimates)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psa_diffusers.backends.reference import attend_reference
-from psa_diffusers.backends.triton import attend_triton
+from psa_diffusers.backends.triton import attend_triton, hopper
 from psa_diffusers.planning import Plan
 from tests.backends import conformance
 from tests.backends.conformance import Case
@@ -70,6 +70,18 @@ def test_strides_do_not_matter(layout):
     out, lse = attend_triton(*variant, plan, scale=case.scale, return_lse=True)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("correction", ["none", "covariance"])
+def test_both_kernels_agree(monkeypatch, correction):
+    """The Hopper kernel and the one for all GPUs, on one plan; elsewhere the second alone, twice."""
+    inputs, plan = [tensor.cuda() for tensor in conformance.make_inputs(WAN)], on_gpu(conformance.make_plan(WAN))
+    options = {"scale": WAN.scale, "value_correction": correction, "return_lse": True}
+    found = attend_triton(*inputs, plan, **options)
+    monkeypatch.setattr(hopper, "ENABLED", False)
+    expected = attend_triton(*inputs, plan, **options)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=2e-2)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
 
 
 def test_nothing_waits_for_the_device():

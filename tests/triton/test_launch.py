@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from psa_diffusers.backends.triton import attend_triton, why_unsupported
+from psa_diffusers.backends.triton import attend_triton, hopper, why_unsupported
 from psa_diffusers.backends.triton.launch import head_groups
 from tests.backends import conformance
 from tests.backends.conformance import Case
@@ -47,6 +47,27 @@ def test_head_groups_cover_all_heads_once(batch, heads, query_blocks, groups):
     for samples, some_heads in found:
         seen[samples, some_heads] += 1
     assert (seen == 1).all()
+
+
+SUPPORTED = ("sm_90", 128, torch.bfloat16, 128, 64, 4)
+
+
+@pytest.mark.parametrize(
+    "change, clause",
+    [
+        ({}, None),
+        ({0: "sm_80"}, "needs sm_90"),
+        ({1: 96}, "head_dim must be one of"),
+        ({2: torch.float32}, "dtype must be"),
+        ({3: 64}, "query_block_size must be a multiple of 128"),
+        ({4: 128}, "kv_block_size must be at most 64"),
+        ({5: 5}, "the coarsest of at most 4 levels"),
+        ({4: 32}, "must keep 8 rows"),
+    ],
+)
+def test_hopper_kernel_says_what_it_cannot_compute(change, clause):
+    found = hopper.hopper_obstacle(*(change.get(place, value) for place, value in enumerate(SUPPORTED)))
+    assert found is None if clause is None else clause in found
 
 
 def test_why_unsupported_is_a_clause():

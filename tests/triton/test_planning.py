@@ -270,6 +270,23 @@ def test_whole_plan(interpreter, case, options):
         assert plan.compute_budget >= 0.98 * case.config.compute_budget
 
 
+def test_a_second_call_takes_its_own_tensors(interpreter):
+    """Launches are remembered by shape: the values, the padding and what is one tensor may be others each time."""
+    config = PSAConfig(**SMALL)
+    query, key, value, _, _ = inputs_of(Case((2, 5, 9), batch=2, heads=1))
+    calls = [
+        ((query, key, value), [90, 61]),
+        ((value, query, key), [33, 90]),
+        ((query, query, query), [90, 61]),
+        ((query, key, value), None),
+        ((key, value, query), None),
+    ]
+    for tensors, lengths in calls:
+        found = interpreter.call(CHECKS, "plan", *tensors, config, key_lengths=lengths).level_mask
+        expected = build_plan(*tensors, config, key_lengths=lengths).level_mask
+        assert (found == expected).double().mean() >= 0.99
+
+
 def test_strides_do_not_matter(interpreter):
     query, key, value, _, _ = inputs_of(Case((3, 7, 9)))
     variants = [
@@ -289,6 +306,18 @@ def test_padding_changes_nothing_for_the_other_sample(interpreter):
     both = interpreter.call(CHECKS, "plan", query, key, value, config, key_lengths=[150, 0]).level_mask
     assert torch.equal(both[:1], alone)
     assert not both[1].any()
+
+
+def test_padded_queries_of_text_do_not_move_the_plan(interpreter):
+    """A padded text token is a query too, in a block that is full anyway: the budget of the others stays theirs."""
+    query, key, value, _, _ = inputs_of(Case((1, 1, 286)))
+    options = {"grid": (4, 8, 8), "full_tokens": slice(256, 286), "key_lengths": [259]}
+    value[:, 0] *= 100.0
+    other = query.clone()
+    other[:, 259:, 0] = 50.0 * key[:, :1, 0]  # one head's padding finds the one great value
+    config = PSAConfig(**SMALL, compute_budget=0.5)
+    plans = [interpreter.call(CHECKS, "plan", queries, key, value, config, **options) for queries in (query, other)]
+    assert torch.equal(plans[0].level_mask, plans[1].level_mask)
 
 
 @pytest.mark.parametrize(

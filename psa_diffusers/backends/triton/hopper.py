@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 import triton
@@ -125,6 +126,7 @@ def hopper_attention_launch(
     return KernelLaunch(hopper_attention_kernel, grid, arguments, num_warps=4)
 
 
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
@@ -132,6 +134,10 @@ def _processors(device: torch.device) -> int:
 def _boxes(packed: Tensor, rows: int) -> object:
     """A descriptor of all heads' rows [rows, head_dim], to be copied ``rows`` at a time."""
     head_dim = packed.shape[-1]
-    dtype = bfloat16 if packed.dtype == torch.bfloat16 else float16
-    layout = NVMMASharedLayout.get_default_for([BLOCK_N, head_dim], dtype)
+    layout = _shared_layout(head_dim, packed.dtype)
     return TensorDescriptor(packed, [packed.numel() // head_dim, head_dim], [head_dim, 1], [rows, head_dim], layout)
+
+
+@cache
+def _shared_layout(head_dim: int, dtype: torch.dtype) -> object:
+    return NVMMASharedLayout.get_default_for([BLOCK_N, head_dim], bfloat16 if dtype == torch.bfloat16 else float16)

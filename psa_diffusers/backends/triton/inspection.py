@@ -20,6 +20,7 @@ from ...gpu.kernel_launch import KernelLaunch
 from ...planning.triton.inspected import PLANNING_KERNELS, planning_launch
 from .attention import attention_launch
 from .covariance import covariance_finish_launch, covariance_launch, empty_covariance
+from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
 from .layout import PyramidLayout
 from .pyramid import Pyramid, empty_pyramid, pyramid_launch
 from .read_lists import empty_read_lists, launch_order_launch, read_lists_launch
@@ -39,6 +40,8 @@ KERNELS = (
     "attention",
     "attention+variance",
     "attention+covariance",
+    "hopper",
+    "hopper+covariance",
     "pyramid",
     "pyramid+variance",
     "covariance",
@@ -47,6 +50,10 @@ KERNELS = (
     "launch_order",
     *PLANNING_KERNELS,
 )
+HOPPER_KERNELS = ("hopper", "hopper+covariance")  # sm_90 alone
+# A stack that is no problem, in bytes a thread: the Hopper kernel's producers, with few registers, keep there what they
+# need once a query block. Its loops over tiles have no local memory, which the tests check.
+PRODUCER_STACK = 256
 CORE_KERNELS = (
     "attention",
     "attention+covariance",
@@ -93,6 +100,8 @@ class Case:
         if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
+        if self.kernel in HOPPER_KERNELS:
+            return self.target == "sm_90" and self.dtype in dtypes and self.head_dim in HEAD_DIMS
         return self.kernel in LIST_KERNELS or (
             self.kernel in CORE_KERNELS and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS
         )
@@ -115,9 +124,9 @@ class Resources:
         limit = SHARED_MEMORY_LIMITS[case.target]
         if self.shared_memory > limit:
             return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
-        if self.spilled:
+        if self.spilled > (PRODUCER_STACK if case.kernel in HOPPER_KERNELS else 0):
             return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
-        is_half = case.kernel.startswith(("attention", "centroids", "masses")) and case.dtype != "fp32"
+        is_half = case.kernel.startswith(("attention", "hopper", "centroids", "masses")) and case.dtype != "fp32"
         if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
             return f"uses {self.matrix_unit}, not wgmma"
         return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
@@ -157,6 +166,11 @@ def report_cases() -> list[Case]:
         for kernel in ("attention+covariance", "covariance", "covariance_finish", *PLANNING_KERNELS[:5]):
             cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
+        if target == "sm_90":
+            for kernel in HOPPER_KERNELS:
+                cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in HEAD_DIMS]
+                cases += [Case(kernel, target, "bf16", 128, query_block_size=256)]
+                cases += [Case(kernel, target, "bf16", 64, kv_block_size=size, num_levels=3) for size in (32, 128)]
         for head_dim in (64, 128):
             cases += [Case("attention", target, "bf16", head_dim, query_block_size=size) for size in (16, 32, 64, 256)]
             cases += [Case("pyramid", target, "bf16", head_dim, kv_block_size=size) for size in (16, 128, 1024)]
@@ -201,7 +215,9 @@ def launch_of(case: Case) -> KernelLaunch:
     dtype = next(dtype for dtype, name in TYPE_NAMES.items() if name == case.dtype)
     query = torch.empty(2, case.length, case.heads, case.head_dim, dtype=dtype, device="meta")
     layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
-    pyramid = empty_pyramid(query, layout, with_variance=case.kernel.endswith("+variance"))
+    if case.kernel in HOPPER_KERNELS:
+        layout = hopper_layout(layout)
+    pyramid = empty_pyramid(query, layout, case.kernel.endswith("+variance"), case.kernel in HOPPER_KERNELS)
     order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
@@ -217,19 +233,13 @@ def launch_of(case: Case) -> KernelLaunch:
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
     if case.kernel == "launch_order":
         return launch_order_launch(lengths, lists, query_blocks)
-    return attention_launch(
-        query,
-        torch.empty_like(query),
-        None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta"),
-        pyramid,
-        lists,
-        layout,
-        empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None,
-        query_block_size=case.query_block_size,
-        order=order,
-        scale=case.head_dim**-0.5,
-        target=case.target,
-    )
+    lse = None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta")
+    covariance = empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None
+    named = {"query_block_size": case.query_block_size, "order": order, "scale": case.head_dim**-0.5}
+    tensors = (query, torch.empty_like(query), lse, pyramid, lists)
+    if case.kernel in HOPPER_KERNELS:
+        return hopper_attention_launch(*tensors, level_mask, layout, covariance, **named)
+    return attention_launch(*tensors, layout, covariance, target=case.target, **named)
 
 
 def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:
@@ -243,6 +253,7 @@ def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -
 def _tile_of(launch: KernelLaunch) -> str:
     shapes = (
         ("BLOCK_M", "BLOCK_N"),
+        ("BLOCK_N", "D"),
         ("TILE_D", "TILE_ROWS"),
         ("SLAB", "BLOCK_D"),
         ("ROWS", "CHUNK"),
@@ -279,6 +290,10 @@ def source_of(launch: KernelLaunch) -> ASTSource:
                 constants[path] = leaf
             elif isinstance(leaf, Tensor) or (isinstance(leaf, int) and leaf % 16 == 0):
                 alignments[path] = [["tt.divisibility", 16]]
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(launch.kernel, signature, constants, alignments)
     return ASTSource(launch.kernel, signature, constants, alignments)
 
 
@@ -297,6 +312,8 @@ def _is_constant(value: object) -> bool:
 def _argument_type(value: object) -> str | tuple:
     if isinstance(value, tuple):
         return tuple(_argument_type(item) for item in value)
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     if _is_constant(value):
         return "constexpr"
     if isinstance(value, Tensor):
@@ -315,14 +332,38 @@ def _matrix_unit(assembly: str) -> str:
 
 def _nvidia_registers(compiled) -> tuple[int, int]:
     """(registers, bytes of stack) a thread. The kernels have no local arrays: any stack is spilled registers."""
+    usage = _cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
+    return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-    return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def local_memory_in_matrix_loops(case: Case) -> int:
+    """Loads from and stores to local memory inside the Hopper kernel's two loops that multiply."""
+    launch = launch_of(case)
+    compiled = triton.compile(source_of(launch), target=gpu_target(case.target), options=launch.options)
+    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*);")
+    lines = (pattern.search(line) for line in _cuobjdump("-sass", compiled.asm["cubin"]).splitlines())
+    code = [(int(match[1], 16), match[2], match[3]) for match in lines if match]
+    jumps = [(place, re.search(r"0x([0-9a-f]+)", target)) for place, name, target in code if name == "BRA"]
+    loops = {(int(target[1], 16), place) for place, target in jumps if target and int(target[1], 16) < place}
+    # Waiting is done in cold code behind the loops, whose jumps back look like long loops: the shortest are real.
+    products = case.head_dim // 16 + launch.arguments["BLOCK_N"] // 16
+    whole = [loop for loop in loops if _count(code, loop, "HGMMA") >= products]
+    inner = sorted(whole, key=lambda loop: loop[1] - loop[0])[:2]  # each consumer's
+    if len(inner) < 2:
+        raise ValueError(f"local_memory_in_matrix_loops: no loops of {case} hold the two products.")
+    return sum(_count(code, loop, "LDL") + _count(code, loop, "STL") for loop in inner)
+
+
+def _count(code: list[tuple[int, str, str]], loop: tuple[int, int], name: str) -> int:
+    return sum(name == instruction for place, instruction, _ in code if loop[0] <= place <= loop[1])
 
 
 def _amd_registers(compiled) -> tuple[int, int]:

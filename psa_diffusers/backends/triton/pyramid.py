@@ -29,7 +29,6 @@ class Pyramid(NamedTuple):
     centroid_bias: Tensor | None = None
 
 
-@triton.jit
 # A block's rows are held as PARTS tiles [GROUPS, BD], row r in tile r % PARTS: rows that pool together are in different
 # tiles, at the same place, so that pooling is arithmetic between registers, and all loads are under way at once.
 

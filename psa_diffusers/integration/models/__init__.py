@@ -34,6 +34,7 @@ ROWS: tuple[ModelRow, ...] = (
     mochi.MOCHI,
     cosmos.COSMOS,
     kandinsky.KANDINSKY_5,
+    kandinsky.KANDINSKY_6,
     allegro.ALLEGRO,
     easyanimate.EASYANIMATE,
     anyflow.ANYFLOW,
@@ -44,9 +45,11 @@ ROWS: tuple[ModelRow, ...] = (
     cosmos.COSMOS_3,
     anyflow.ANYFLOW_FAR,
     dense.SANA_VIDEO,
+    dense.SANA_WM,
+    dense.SANA_WM_REFINER,
     dense.LATTE,
     dense.WAN_ANIMATE_2,
-    dense.KANDINSKY_6_SR,
+    kandinsky.KANDINSKY_6_SR,
 )
 
 

@@ -30,5 +30,5 @@ ANYFLOW = ModelRow(
 ANYFLOW_FAR = ModelRow(
     title="AnyFlow-FAR",
     transformers=("AnyFlowFARTransformer3DModel",),
-    dense="AnyFlow-FAR's attention is causal by blocks of frames, and reads a cache of keys and values",
+    dense="its attention is causal by blocks of frames, and reads a cache of keys and values",
 )

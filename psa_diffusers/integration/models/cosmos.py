@@ -16,5 +16,5 @@ COSMOS = ModelRow(
 COSMOS_3 = ModelRow(
     title="Cosmos 3",
     transformers=("Cosmos3OmniTransformer",),
-    dense="in Cosmos 3 video queries read text and video keys that are not the same sequence, by grouped heads",
+    dense="its video queries read text and video keys that are not one sequence with them, by grouped heads",
 )

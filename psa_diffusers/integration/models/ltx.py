@@ -54,12 +54,17 @@ def _layout_2(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout | s
     return TokenLayout(grid, after=tokens - math.prod(grid))
 
 
+def _default_native_2(model: nn.Module) -> str:
+    return "LTX2PerturbedAttnProcessor" if model.config.perturbed_attn else "LTX2AudioVideoAttnProcessor"
+
+
 LTX_2 = ModelRow(
     title="LTX-2 (T2V, I2V, condition, IC-LoRA)",
     transformers=("LTX2VideoTransformer3DModel",),
     natives=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     attention=r"transformer_blocks\.\d+\.attn1",
     layout=_layout_2,
+    default_native=_default_native_2,
     sparse="`attn1` (video to video); audio and audio-video attention stay dense, and all does under a reference mask",
     text="cross-attention; keyframes and references come last",
     grid="`num_frames`, `height`, `width`",

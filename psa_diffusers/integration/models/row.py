@@ -53,11 +53,12 @@ class ModelRow:
         title: What users call it.
         transformers: Class names of the root transformers.
         natives: Class names of the attention processors that may be rerouted; others are left alone. The first is the
-            model's own default.
+            one that the model sets itself.
         attention: Regular expression for the paths of the modules that are attention among the video's tokens.
         layout: (model, the forward's arguments by name) -> the tokens, or in words why they cannot be sparse.
         layer: (model, module's path) -> index of the transformer block, as ``dense_layers`` counts.
         sparse, text, grid: What that comes to, in words, for the README's table.
+        default_native: model -> the class name of the processors that it sets itself, where that depends on it.
         one_sample_a_call: The native computes the samples of a batch one by one.
         one_sequence: Tokens beside the video's are in one tensor with it before the blocks, so that context parallel
             splits all of them together, in their order.
@@ -73,6 +74,7 @@ class ModelRow:
     sparse: str = ""
     text: str = ""
     grid: str = ""
+    default_native: Callable[[nn.Module], str] | None = None
     one_sample_a_call: bool = False
     one_sequence: bool = False
     dense: str = ""

@@ -63,8 +63,10 @@ def centroids_kernel(
     heads,
     query_blocks,
     kv_blocks,
+    blocks_of_all_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
     SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
     AVERAGES: tl.constexpr,
@@ -114,7 +116,7 @@ def centroids_kernel(
 
     base = (batch * heads + head) * kv_blocks * HEAD_DIM
     key_mean += base
-    key_spread += base
+    key_spread += base + (LEVELS - 1) * blocks_of_all_heads * HEAD_DIM  # the last level is the centroid
     count_bias += batch * kv_blocks
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -190,7 +192,7 @@ def centroid_launch(
         "positions": positions,
         "order": order,
         "key_mean": statistics.key_mean,
-        "key_spread": statistics.key_spread[-1],
+        "key_spread": statistics.key_spread,
         "count_bias": statistics.count_bias,
         "energy": energy,
         "features": features,
@@ -199,8 +201,10 @@ def centroid_launch(
         "heads": heads,
         "query_blocks": query_blocks,
         "kv_blocks": kv_blocks,
+        "blocks_of_all_heads": batch * heads * kv_blocks,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
+        "LEVELS": statistics.key_spread.shape[0],
         "SAMPLES": samples,
         "PADDED": padded,
         "AVERAGES": max(16, block_m // padded),

@@ -39,7 +39,7 @@ def planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> 
     if case.kernel == "statistics":
         draws = torch.empty(kv_blocks, case.kv_block_size, dtype=torch.int16, device="meta")
         key_lengths = None if case.is_plain else torch.empty(batch, dtype=torch.int64, device="meta")
-        sizes = {"kv_block_size": case.kv_block_size}
+        sizes = {"kv_block_size": case.kv_block_size, "target": case.target}
         return statistics_launch(query, query, statistics, draws, order=order, key_lengths=key_lengths, **sizes)
     full = (None, None)
     if not case.is_plain:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.recipe import Recipe
 from ...gpu.target import target_of, tensor_obstacle
 from ..blocks import Layout
 from ..budget import rung_costs
@@ -23,6 +24,11 @@ from .statistics import Statistics, empty_statistics, statistics_launch
 MAX_KV_BLOCK_SIZE = 512  # one program of the statistics kernel holds a block
 MASSES_BYTES = 2**25  # of masses are made at a time, or a quarter of the keys' memory if that is more
 MAX_SAMPLES = {"sampled_queries": 64, "sampled_keys": 16}  # a block's samples lie in one tile
+
+
+# How to plan again, by all that decides it but the contents of the inputs.
+_RECIPES: dict[tuple, tuple[Layout, Recipe]] = {}
+_MOST_RECIPES = 256
 
 
 class Estimates(NamedTuple):
@@ -53,28 +59,63 @@ def plan_levels(
 ) -> Tensor:
     """int8 [batch, heads, query_blocks, kv_blocks] by the ``budget`` rule. Nothing waits for the device.
 
-    Seven launches, or nine and more where the masses of all heads would take more than their share of memory. Beside
-    the statistics (0.11 times K and V; half precision, 4 levels of 64) this takes 13 bytes a block pair until it
-    returns (9 of them after the masses are freed), and MASSES_BYTES or an eighth of K and V.
+    Seven launches, or nine and more where the masses of all heads would take more than their share of memory. For half
+    precision, 4 levels and blocks of 64 keys the statistics take 0.11 times K and V, the masses MASSES_BYTES or an
+    eighth of K and V, the choices 13 bytes a block pair; each no longer than needed, but at a shape's first call.
 
     Args:
         query, key, value: [batch, seq, heads, head_dim], any strides; fp32 (slow), fp16 or bf16.
         layout: of these sequences, on their device. key_lengths: int64 [batch] there, or None.
     """
-    target = target_of(query.device)
-    positions = sampled_positions(query, config)
-    statistics = run_statistics(key, value, config, layout.order, key_lengths)
+    tensors = (query, key, value)
+    padding = None if key_lengths is None else key_lengths.data_ptr() % 16
+    settings = (config, id(layout), padding, scale, query.device, query.dtype)
+    places = [(tensor.shape, tensor.stride(), tensor.data_ptr() % 16) for tensor in tensors]
+    call = (*settings, *places, query is key, key is value, query is value)
+    if call in _RECIPES:
+        return _RECIPES[call][1].run(*tensors, key_lengths)
+    levels, recipe = _first_plan(*tensors, config, layout, key_lengths, scale)
+    if len(_RECIPES) >= _MOST_RECIPES:
+        _RECIPES.clear()
+    _RECIPES[call] = (layout, recipe)  # the layout is kept, so that no other gets its id
+    return levels
+
+
+def _first_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: PSAConfig,
+    layout: Layout,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Recipe]:
+    """The levels, and how to make them again."""
+    target, is_padded = target_of(query.device), key_lengths is not None
+    positions, draws = sampled_positions(query, config), sampled_draws(key, config)
+    statistics = empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
+    where = {"order": layout.order, "key_lengths": key_lengths}
+    sizes = {"kv_block_size": config.kv_block_size, "target": target}
+    launched = [statistics_launch(key, value, statistics, draws, **where, **sizes)]
     # Padding may lie anywhere in the block order; without it the last block alone may be short.
-    full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
+    full_blocks = 0 if is_padded else key.shape[1] // config.kv_block_size
     estimates = empty_estimates(query, positions, statistics)
     inputs = (query, config, layout.order, positions, statistics, estimates)
-    for launch in estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target=target):
-        launch.run()
+    launched += estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target=target)
     choices = empty_choices(estimates, config.num_levels)
-    is_padded = key_lengths is not None
-    for launch in choice_launches(config, layout, statistics, estimates, choices, is_padded=is_padded, target=target):
-        launch.run()
-    return choices.levels
+    chosen = (config, layout, statistics, estimates, choices)
+    launched += choice_launches(*chosen, is_padded=is_padded, target=target)
+    compiled = [launch.run() for launch in launched]
+    constants = (positions, draws, layout.order, layout.full_query_blocks, layout.full_kv_blocks)
+    given = (query, key, value, key_lengths)
+    return choices.levels, Recipe(list(zip(launched, compiled, strict=True)), given, constants, choices.levels)
+
+
+def sampled_draws(key: Tensor, config: PSAConfig) -> Tensor:
+    """int16 [kv_blocks, kv_block_size], see :func:`~.samples.key_draws`."""
+    size = config.kv_block_size
+    blocks = -(-key.shape[1] // size)
+    return key_draws(config.seed, blocks, size, min(config.sampled_keys, size), key.device)
 
 
 def sampled_positions(query: Tensor, config: PSAConfig) -> Tensor:
@@ -82,18 +123,6 @@ def sampled_positions(query: Tensor, config: PSAConfig) -> Tensor:
     size = config.query_block_size
     samples, drawn = min(config.sampled_queries, size), min(2 * config.sampled_queries, size)
     return query_positions(config.seed, query.shape[1], size, samples, drawn, query.device)
-
-
-def run_statistics(
-    key: Tensor, value: Tensor, config: PSAConfig, order: Tensor | None, key_lengths: Tensor | None
-) -> Statistics:
-    """Statistics of keys and values [batch, key_length, heads, head_dim]."""
-    size = config.kv_block_size
-    statistics = empty_statistics(key, size, config.num_levels, config.sampled_keys)
-    draws = key_draws(config.seed, statistics.counts.shape[1], size, min(config.sampled_keys, size), key.device)
-    where = {"order": order, "key_lengths": key_lengths}
-    statistics_launch(key, value, statistics, draws, kv_block_size=size, **where).run()
-    return statistics
 
 
 def empty_estimates(query: Tensor, positions: Tensor, statistics: Statistics) -> Estimates:

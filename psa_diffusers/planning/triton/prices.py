@@ -18,7 +18,7 @@ from .spending import FULL, LOG_BINS, OCTAVES, UNCOUNTED
 from .statistics import Statistics
 from .tiles import precision_of, prices_tile
 
-PRICES_DEPTH = 32
+DEPTH = 32  # channels of a product that are held at a time
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 FORBIDDEN = tl.constexpr(1e30)
 
@@ -87,18 +87,19 @@ def _squared_distances(
 
 
 @triton.jit
-def _mean_power(output_power, query_blocks, CHUNK: tl.constexpr):
+def _mean_power(output_power, full_query, query_blocks, CHUNK: tl.constexpr):
+    """Mean over a head's rows that are not full anyway: those may be text that is padding, which has no say."""
     total = tl.zeros([CHUNK], tl.float32)
+    rows = tl.zeros([CHUNK], tl.float32)
     for start in range(0, query_blocks, CHUNK):
         block = start + tl.arange(0, CHUNK)
-        total += tl.load(output_power + block, mask=block < query_blocks, other=0.0)
-    return tl.sum(total, axis=0) / query_blocks
-
-
-@triton.jit
-def _cost(rung: tl.constexpr, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Cost of a rung in 1 / KV_BLOCK: the centroid (rung 0), the coarsest level, ..., level 1."""
-    return 1 if rung == 0 else KV_BLOCK >> (LEVELS - rung)
+        is_free = block < query_blocks
+        power = tl.load(output_power + block, mask=is_free, other=0.0)
+        if full_query is not None:
+            is_free = is_free & (tl.load(full_query + block, mask=is_free, other=0) == 0)
+        total += tl.where(is_free, power, 0.0)
+        rows += is_free.to(tl.float32)
+    return tl.sum(total, axis=0) / tl.maximum(tl.sum(rows, axis=0), 1.0)
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def prices_kernel(
     pair = row[:, None] * kv_blocks + block[None, :]
     is_pair = is_row[:, None] & is_column[None, :]
 
-    weight = 1.0 / tl.maximum(_mean_power(output_power + both * query_blocks, query_blocks, 1024), TINY)
+    weight = 1.0 / tl.maximum(_mean_power(output_power + both * query_blocks, full_query, query_blocks, 1024), TINY)
     distance = _squared_distances(
         output, row, is_row, value_mean, column, is_column, channels, HEAD_DIM, DEPTH, PRECISION
     )
@@ -258,7 +259,7 @@ def prices_launch(
         "COHERENCE": COHERENCE,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "DEPTH": min(PRICES_DEPTH, padded_head_dim(head_dim)),
+        "DEPTH": min(DEPTH, padded_head_dim(head_dim)),
         "OCTAVES": OCTAVES,
         "COUNTERS": statistics.spent.shape[1],
         "FULL": FULL,

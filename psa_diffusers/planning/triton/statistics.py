@@ -252,6 +252,7 @@ def statistics_launch(
     order: Tensor | None,
     key_lengths: Tensor | None,
     kv_block_size: int,
+    target: str,
 ) -> KernelLaunch:
     """The launch that fills ``statistics`` from key and value [batch, key_length, heads, head_dim], any strides.
 
@@ -262,7 +263,7 @@ def statistics_launch(
     """
     batch, key_length, heads, head_dim = key.shape
     kv_blocks = statistics.counts.shape[1]
-    tile = statistics_tile(kv_block_size, head_dim)
+    tile = statistics_tile(target, kv_block_size, head_dim, key.dtype)
     arguments = {
         "key": key,
         "value": value,

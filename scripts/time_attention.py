@@ -1,0 +1,138 @@
+"""Times the attention of the Triton backend, stage by stage, beside dense attention on the same tensors. Needs a GPU.
+
+    python scripts/time_attention.py --shapes 16384x12 32768x12 75600x40 --csv benchmarks/attention_stages_h100.csv
+
+Stages take turns, so that a GPU that gets hot slows all of them; medians, p20 and p80. Times are GPU times: launches
+are queued behind a pause, so that the host's time does not count. Planning is not in them: scripts/time_planning.py
+times that. ``tflops`` counts what the plan asks for, ``compute_budget`` times dense attention's operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from time_planning import GRIDS, HEAD_DIM, make_inputs
+
+from psa_diffusers import PSAConfig
+from psa_diffusers.backends.triton import attend_triton, hopper
+from psa_diffusers.backends.triton.attention import attention_launch
+from psa_diffusers.backends.triton.covariance import blocks_read_by_all, build_covariance
+from psa_diffusers.backends.triton.layout import PyramidLayout
+from psa_diffusers.backends.triton.pyramid import build_pyramid
+from psa_diffusers.backends.triton.read_lists import read_lists
+from psa_diffusers.gpu.target import target_of
+from psa_diffusers.planning import build_plan
+
+COLUMNS = ("gpu", "tokens", "heads", "head_dim", "compute_budget", "stage", "median_ms", "p20_ms", "p80_ms", "tflops")
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["16384x12"], metavar="TOKENSxHEADS")
+    parser.add_argument("--compute-budget", type=float, default=0.15)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for shape in options.shapes:
+        tokens, heads = map(int, shape.split("x"))
+        rows += measure(tokens, heads, options.compute_budget, options.repeats)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    return 0
+
+
+def measure(tokens: int, heads: int, budget: float, repeats: int) -> list[tuple]:
+    """One row a stage; prints them."""
+    query, key, value = make_inputs(tokens, heads)
+    plan = build_plan(query, key, value, PSAConfig(compute_budget=budget), grid=GRIDS[tokens])
+    achieved = plan.compute_budget
+    times = take_turns(stages_of(query, key, value, plan), repeats)
+    rows = []
+    for stage, taken in times.items():
+        median, low, high = (sorted(taken)[int(share * (len(taken) - 1))] for share in (0.5, 0.2, 0.8))
+        share = {"dense": 1.0, "pyramid": 0.0, "covariance": 0.0}.get(stage.split(",")[0], achieved)
+        tflops = share * 4 * heads * HEAD_DIM * tokens**2 / median / 1e9
+        sizes = (torch.cuda.get_device_name(), tokens, heads, HEAD_DIM, round(achieved, 4))
+        rows.append((*sizes, stage, round(median, 4), round(low, 4), round(high, 4), round(tflops, 1)))
+        print(*rows[-1], flush=True)
+    return rows
+
+
+def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Callable[[], object]]:
+    """What is timed, by name: dense attention, the whole call with each kernel, and its stages."""
+    scale, target = HEAD_DIM**-0.5, target_of(query.device)
+    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+
+    def dense(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*heads_first)
+
+    def whole(correction: str, hopper_kernel: bool = True) -> object:
+        with mock.patch.object(hopper, "ENABLED", hopper_kernel):
+            return attend_triton(query, key, value, plan, scale=scale, value_correction=correction)
+
+    layout = hopper.hopper_layout(PyramidLayout(plan.kv_blocks, plan.kv_block_size, plan.num_levels))
+
+    def build() -> object:
+        return build_pyramid(key, value, layout, order=plan.order, with_centroid_bias=True)
+
+    pyramid, lists, counted = build(), read_lists(plan, query.device), blocks_read_by_all(plan, query.device)
+    covariance = build_covariance(pyramid, layout, counted)
+    named = {"query_block_size": plan.query_block_size, "order": plan.order, "scale": scale}
+    tensors = (query, torch.empty_like(query), None, pyramid, lists)
+
+    def portable() -> None:
+        attention_launch(*tensors, layout, covariance, target=target, **named).run()
+
+    stages = {
+        "dense, cuDNN": lambda: dense(SDPBackend.CUDNN_ATTENTION),
+        "dense, flash": lambda: dense(SDPBackend.FLASH_ATTENTION),
+        "whole": lambda: whole("covariance"),
+        "whole, no value correction": lambda: whole("none"),
+        "whole, kernel for all GPUs": lambda: whole("covariance", hopper_kernel=False),
+        "pyramid": build,
+        "covariance": lambda: build_covariance(pyramid, layout, counted),
+        "attention, kernel for all GPUs": portable,
+    }
+    sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
+    if not hopper.hopper_obstacle(target, HEAD_DIM, query.dtype, *sizes):
+        stages["attention, Hopper kernel"] = lambda: hopper.hopper_attention_launch(
+            *tensors, plan.level_mask, layout, covariance, **named
+        ).run()
+    return stages
+
+
+def take_turns(stages: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds on the GPU of every stage at every repeat, after one run of each that does not count."""
+    for run in stages.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(repeats):
+        for name, run in stages.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(4_000_000)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Times the planner's GPU kernels, stage by stage, beside dense attention on the same tensors. Needs a GPU.
+
+    python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h100.csv
+
+Times are GPU times: launches are queued behind a pause, so that the host's time does not count; ``host_ms`` is what the
+host needs to enqueue the whole plan. Medians. Inputs are smooth random fields with noise, head dim 128, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from psa_diffusers import PSAConfig
+from psa_diffusers.backends.triton.read_lists import empty_read_lists, launch_order_launch, read_lists_launch
+from psa_diffusers.gpu.target import target_of
+from psa_diffusers.planning import build_plan
+from psa_diffusers.planning.blocks import make_layout
+from psa_diffusers.planning.triton import planner
+from psa_diffusers.planning.triton.statistics import statistics_launch
+
+GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32), 16384: (16, 32, 32), 32768: (32, 32, 32), 75600: (21, 45, 80)}
+HEAD_DIM = 128
+COLUMNS = ("gpu", "tokens", "heads", "stage", "launches", "ms", "share_of_dense")
+
+
+def main() -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["4096x12", "16384x12"], metavar="TOKENSxHEADS")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for shape in options.shapes:
+        tokens, heads = map(int, shape.split("x"))
+        times = measure(tokens, heads, options.repeats)
+        dense = times["dense"][1]
+        for stage, (launches, ms) in times.items():
+            rows.append(
+                (torch.cuda.get_device_name(), tokens, heads, stage, launches, round(ms, 4), f"{ms / dense:.4f}")
+            )
+            print(*rows[-1], flush=True)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    return 0
+
+
+def measure(tokens: int, heads: int, repeats: int) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds by stage: dense attention, the whole plan, its kernels, the block lists, host time."""
+    query, key, value = make_inputs(tokens, heads)
+    config, grid = PSAConfig(), GRIDS[tokens]
+
+    def plan() -> object:
+        return build_plan(query, key, value, config, grid=grid)
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        times = {"dense": (1, gpu_time(dense, min(repeats, 5)))}
+    stages = launches_of(query, key, value, config, grid)
+    times["plan"] = (sum(map(len, stages.values())) - 2, gpu_time(plan, repeats))
+    for name, launches in stages.items():
+        times[name] = (
+            len(launches),
+            gpu_time(lambda launches=launches: [launch.run() for launch in launches], repeats),
+        )
+    times["host"] = (0, host_time(plan, repeats))
+    return times
+
+
+def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, grid: tuple[int, int, int]) -> dict:
+    """Every launch of a plan and of its block lists, by kernel, over buffers that a whole plan has filled."""
+    target, sizes = target_of(query.device), (config.query_block_size, config.kv_block_size)
+    where = {"curve": config.order, "grid": grid, "full_tokens": None, "device": query.device}
+    layout = make_layout(query.shape[1], key.shape[1], *sizes, **where)
+    made = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
+    positions = planner.sampled_positions(query, config)
+    estimates = planner.empty_estimates(query, positions, made)
+    choices = planner.empty_choices(estimates, config.num_levels)
+    draws = planner.sampled_draws(key, config)
+    places = {"order": layout.order, "key_lengths": None, "kv_block_size": config.kv_block_size, "target": target}
+    launches = [statistics_launch(key, value, made, draws, **places)]
+    inputs = (query, config, layout.order, positions, made, estimates)
+    full_blocks = key.shape[1] // config.kv_block_size
+    launches += planner.estimate_launches(*inputs, scale=HEAD_DIM**-0.5, full_blocks=full_blocks, target=target)
+    launches += planner.choice_launches(config, layout, made, estimates, choices, is_padded=False, target=target)
+    lists, lengths = empty_read_lists(choices.levels, config.num_levels)
+    launches.append(read_lists_launch(choices.levels, lists, lengths, config.kv_block_size))
+    launches.append(launch_order_launch(lengths, lists, choices.levels.shape[2]))
+    by_kernel: dict[str, list] = {}
+    for launch in launches:
+        launch.run()
+        by_kernel.setdefault(launch.kernel.__name__, []).append(launch)
+    return by_kernel
+
+
+def gpu_time(run: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds on the GPU."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def host_time(run: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds until the call returns, on an idle GPU."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def make_inputs(tokens: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, tokens, heads, HEAD_DIM] bfloat16, made on the GPU: queries share half of their field with the keys."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    query, key, value = (torch.empty(1, tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    for head in range(heads):
+        shared, own, content = (_field(GRIDS[tokens], generator) for _ in range(3))
+        for tensor, field in ((query, 2.0 * (shared + own) / 2**0.5), (key, shared), (value, content)):
+            noise = torch.randn(field.shape, device="cuda", generator=generator)
+            tensor[0, :, head] = 0.84 * field + 0.55 * noise
+    return query, key, value
+
+
+def _field(grid: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    coarse = torch.randn(1, HEAD_DIM, *(max(2, size // 3) for size in grid), device="cuda", generator=generator)
+    field = F.interpolate(coarse, size=grid, mode="trilinear", align_corners=True)
+    return (field / field.std()).reshape(HEAD_DIM, -1).T
+
+
+if __name__ == "__main__":
+    sys.exit(main())
