@@ -193,7 +193,7 @@ def main(folder: str, rank: str, world: str) -> None:
     torch._C._get_accelerator = lambda *_: torch.device("cpu")
     torch.accelerator.device_count = lambda: 1
     store = dist.FileStore(f"{folder}/store", int(world))
-    patience = datetime.timedelta(seconds=120)
+    patience = datetime.timedelta(seconds=600)
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=patience)
     context_parallel._all_gather_anything = gather_uneven
     results = cases("ulysses_anything" in ContextParallelConfig.__dataclass_fields__)
