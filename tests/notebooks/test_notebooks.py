@@ -118,7 +118,7 @@ def test_how_it_works(run):
 
 
 def test_choosing_a_budget(run):
-    """What its text says of the default holds: the least error at every budget."""
+    """The default has the least error of all presets, at the least budget."""
     notebook = run("choosing_a_budget")
     (table,) = shown(notebook, "text/markdown")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
