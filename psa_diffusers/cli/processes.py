@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .errors import FAILED, WRONG_USAGE, CommandError, explain
+from .errors import FAILED, WRONG_USAGE, CommandError, WrongUsageError, explain
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=30)  # one process may be done hours before another
@@ -58,11 +58,16 @@ class Processes:
 class LaunchedProcesses(Processes):
     """Processes that a launcher started, one a device. They exchange a few words over gloo, also on GPUs."""
 
-    def __init__(self, on_cpu: bool):
+    def __init__(self, expected: int, on_cpu: bool):
         import torch
         from accelerate import PartialState
 
         state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), backend="gloo", timeout=_PATIENCE)
+        if state.num_processes != expected:  # else each of them would make everything
+            raise WrongUsageError(
+                f"the environment speaks of {expected} processes, but they cannot find each other. Start them by "
+                "accelerate launch or torchrun, or unset WORLD_SIZE."
+            )
         self.index, self.count, self.device = state.process_index, state.num_processes, str(state.device)
         # A launcher stops the others when one of them dies: what they are writing is then removed, as by Ctrl-C.
         signal.signal(signal.SIGTERM, _leave)
@@ -104,7 +109,8 @@ def find_processes(device: str | None) -> Processes:
     """
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
     sizes = [int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()]
-    return LaunchedProcesses(on_cpu=device == "cpu") if max(sizes, default=1) > 1 else Processes()
+    count = max(sizes, default=1)
+    return LaunchedProcesses(count, on_cpu=device == "cpu") if count > 1 else Processes()
 
 
 def joint_error(failures: dict[int, tuple[int, str]], count: int) -> JointError:

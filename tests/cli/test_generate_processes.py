@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -143,6 +144,15 @@ def test_one_process_without_a_launcher(monkeypatch):
     assert type(alone) is processes.Processes and alone.is_main
     assert alone.share([1, 2]) == [1, 2] and alone.together(lambda: 3) == [3]
     assert Two().share(range(5)) == [1, 3]
+
+
+def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
+    """Some launchers say how many processes there are, and not which one this is."""
+    alone = SimpleNamespace(num_processes=1, process_index=0, device="cpu")
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: alone)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(WrongUsageError, match="speaks of 4 processes"):
+        processes.find_processes(None)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def ranks(tmp_path_factory):
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(timeout=600) for process in processes]
+        codes = [process.wait(timeout=900) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -81,7 +81,8 @@ def prices_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(64, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1)
-    return Tile(32, 32, 4, 1) if has_large_shared_memory(target) else Tile(16, 32, 4, 1)
+    is_tall = has_large_shared_memory(target) or target == "sm_89"
+    return Tile(32, 32, 4, 1) if is_tall else Tile(16, 32, 4, 1)
 
 
 def precision_of(target: str, dtype: torch.dtype) -> str:
