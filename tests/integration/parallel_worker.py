@@ -50,7 +50,7 @@ def make_parallel(pipe, names=("transformer", "transformer_2"), **settings):
 def prepare(name):
     """A tiny model of another family and its arguments, of sizes that can be split over two processes."""
     tiny = TINY[name]
-    grid = {"ltx": (4, 4, 6), "ltx-condition": (3, 5, 3)}.get(name, tiny.grids[0])
+    grid = {"ltx": (4, 4, 6), "ltx-condition": (3, 5, 3), "minimax": (4, 3, 5)}.get(name, tiny.grids[0])
     inputs = tiny.inputs(grid, 1)
     if name.startswith("ltx"):  # diffusers splits the text too, and cannot split its mask
         inputs |= {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :8], "encoder_attention_mask": None}
