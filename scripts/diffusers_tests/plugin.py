@@ -73,9 +73,9 @@ def _count() -> None:
         sparse_calls[_running] += 1
         count_sparse(self, *args, **kwargs)
 
-    def dense(self, reason: str, calls: int = 1) -> None:
+    def dense(self, reason: str, calls: int = 1, **more) -> None:
         dense_calls[reason] += calls
-        count_dense(self, reason, calls)
+        count_dense(self, reason, calls, **more)
 
     PSAStatistics.count_sparse, PSAStatistics.count_dense = sparse, dense
 
