@@ -215,13 +215,16 @@ def check_variance_correction(attend, case: Case) -> None:
 
 
 def check_value_correction(attend, case: Case) -> None:
-    """3c. The same with the covariance of values and keys given back: every block read, and with blocks left out."""
+    """3c. The same with the covariance of values and keys given back: all blocks read, some left out, padding, and
+    whole blocks alone."""
     key_lengths = [max(1, case.key_length - 3 * sample - 5) for sample in range(case.batch)]
-    for seed, (lowest, lengths) in enumerate(((1, None), (0, None), (1, key_lengths))):
-        query, key, value = make_inputs(case, seed)
+    whole = replace(case, key_length=max(1, case.key_length // case.kv_block_size) * case.kv_block_size, order=False)
+    variants = ((case, 1, None), (case, 0, None), (case, 1, key_lengths), (whole, 1, None))
+    for seed, (variant, lowest, lengths) in enumerate(variants):
+        query, key, value = make_inputs(variant, seed)
         value = (value + key.roll(1, -1)).to(case.dtype)  # values that depend on keys, as in a model
-        plan = make_plan(case, seed=seed, lowest=lowest, key_lengths=lengths)
-        assert_agrees_with_reference(attend, case, (query, key, value), plan, value_correction="covariance")
+        plan = make_plan(variant, seed=seed, lowest=lowest, key_lengths=lengths)
+        assert_agrees_with_reference(attend, variant, (query, key, value), plan, value_correction="covariance")
 
 
 def check_empty_rows(attend, case: Case) -> None:
