@@ -41,4 +41,5 @@ HELIOS = ModelRow(
     text="cross-attention; the history comes first",
     grid="latents [B, C, T, H, W] / patch",
     presets=("helios",),
+    one_sequence=True,
 )
