@@ -44,6 +44,7 @@ def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = 
         for model in models:
             for module, slot in getattr(model, PATCH).attention:
                 set_processor(module, processor if slot.self_attention else slot.native)
+                slot.in_use = slot.self_attention  # what is taken off later is reported, and nothing that is here
     return pipe
 
 

@@ -53,7 +53,7 @@ class AttentionSlot:
     position: torch.Tensor  # in ModelPatch.attention
     sparse: bool = False
     dense_reason: str = OUTSIDE
-    in_use: bool = False  # a sparse processor was on the module
+    in_use: bool = False  # a sparse processor is to be on the module
     calls: int = 0  # sparse ones in this forward
 
     def decide(self, dense_reason: str | None) -> None:

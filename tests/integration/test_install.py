@@ -231,6 +231,22 @@ def test_processors_replaced_later_are_reported_once(recorder, caplog):
     assert recorder.steps(2 * LAYERS) == "dsss"
 
 
+def test_processors_replaced_before_the_first_run_are_reported_too(caplog):
+    pipe = enable_psa(pipeline(), tiny_config())
+    pipe.transformer.set_attn_processor(WanAttnProcessor())
+    generate(pipe)
+    assert f"PSA no longer runs in {LAYERS} attention modules (blocks.0.attn1, ...)" in caplog.text
+
+
+def test_enabling_over_the_one_line_is_no_replacement(caplog):
+    """It takes the processor off cross-attention, where the one line had put it."""
+    pipe = pipeline()
+    pipe.transformer.set_attn_processor(PSAProcessor(pipe, tiny_config()))
+    generate(pipe)
+    generate(enable_psa(pipe, tiny_config()))
+    assert caplog.text == ""
+
+
 def test_one_expert_alone(recorder):
     pipe = pipeline("experts")
     pipe.transformer_2.set_attn_processor(PSAProcessor(pipe, tiny_config()))
