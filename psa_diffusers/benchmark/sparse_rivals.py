@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def sparse_rivals(case: BenchCase, inputs: Inputs, plan: Plan, extras: Extras) -
     if extras.flex:
         makers["flex, binary mask"] = lambda: {"flex, binary mask": _binary_flex(case, inputs)}
     if extras.naive:
-        makers["naive psa"] = lambda: {"naive psa, plan and pyramid given": _naive(case, inputs, plan)}
+        makers["naive psa"] = lambda: _naive(case, inputs, plan)
     if extras.official is not None:
         makers["official"] = lambda: _official(case, inputs, plan, extras.official)
     found, missing = {}, {}
@@ -60,14 +61,22 @@ def _official(case: BenchCase, inputs: Inputs, plan: Plan, checkout: Path) -> di
     return official_rivals(checkout, case, *inputs, plan.compute_budget)
 
 
-def _naive(case: BenchCase, inputs: Inputs, plan: Plan) -> Rival:
+def _naive(case: BenchCase, inputs: Inputs, plan: Plan) -> dict[str, Rival]:
+    """With a pyramid that torch operators make at every call; and with one that is there, so that kernels compare."""
     query, key, value = inputs
     if obstacle := tensor_obstacle(query):
         raise ValueError(obstacle)
     from .naive import attend_levels, naive_lists, naive_pyramid
 
-    pyramid, lists, scale = naive_pyramid(key, value, plan), naive_lists(plan), case.head_dim**-0.5
-    return Rival(lambda: attend_levels(query, pyramid, lists, plan, scale)[0], plan.compute_budget, plan_given=True)
+    lists, ready, scale = naive_lists(plan), naive_pyramid(key, value, plan), case.head_dim**-0.5
+
+    def attend(pyramid: list | None) -> Tensor:
+        return attend_levels(query, pyramid or naive_pyramid(key, value, plan), lists, plan, scale)[0]
+
+    return {
+        "naive psa, plan given": Rival(lambda: attend(None), plan.compute_budget, plan_given=True),
+        "naive psa, plan and pyramid given": Rival(lambda: attend(ready), plan.compute_budget, plan_given=True),
+    }
 
 
 def naive_level_1(case: BenchCase, inputs: Inputs) -> float:
@@ -131,14 +140,9 @@ def flex_attention(level_mask: Tensor, query_block_size: int, kv_block_size: int
 
     Blocks are consecutive runs of the tensors' own order: order them beforehand.
     """
-    from torch.nn.attention.flex_attention import BlockMask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    read = (level_mask > 0).to(torch.int32)
-    counts = read.sum(-1, dtype=torch.int32)
-    blocks = read.argsort(-1, descending=True, stable=True).to(torch.int32)
-    none = torch.zeros_like(counts)
-    mask = BlockMask.from_kv_blocks(none, blocks, counts, blocks, BLOCK_SIZE=(query_block_size, kv_block_size))
+    mask = flex_block_mask(level_mask, query_block_size, kv_block_size)
     compiled = torch.compile(flex)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -146,3 +150,14 @@ def flex_attention(level_mask: Tensor, query_block_size: int, kv_block_size: int
         return compiled(*heads_first, block_mask=mask).transpose(1, 2)
 
     return attention
+
+
+def flex_block_mask(level_mask: Tensor, query_block_size: int, kv_block_size: int) -> Any:
+    """FlexAttention's BlockMask of the pairs that are read; all of them in full, so that no logit is masked."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    read = (level_mask > 0).to(torch.int32)
+    counts = read.sum(-1, dtype=torch.int32)
+    blocks = read.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    none = torch.zeros_like(counts)
+    return BlockMask.from_kv_blocks(none, blocks, counts, blocks, BLOCK_SIZE=(query_block_size, kv_block_size))

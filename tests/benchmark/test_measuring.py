@@ -11,7 +11,7 @@ from psa_diffusers.benchmark import BenchCase, Extras, measure
 from psa_diffusers.benchmark.official import find_package, level_shares, mask_ratios
 from psa_diffusers.benchmark.rivals import sdpa
 from psa_diffusers.benchmark.rounding import rounding_errors
-from psa_diffusers.benchmark.sparse_rivals import binary_plan
+from psa_diffusers.benchmark.sparse_rivals import binary_plan, flex_block_mask
 from psa_diffusers.benchmark.stages import LaunchTimer, attention_seconds
 from psa_diffusers.config import PSAConfig
 from psa_diffusers.planning import build_plan
@@ -212,6 +212,24 @@ def test_rounding_error_is_that_of_the_number_format_alone(value_correction):
     assert 1e-4 < rounded[torch.bfloat16]["dense_error"] < 2e-2
     found = rounded[torch.bfloat16]
     assert found["error_ratio"] == found["sparse_error"] / found["dense_error"]
+
+
+def test_flex_reads_what_the_plan_reads():
+    mask = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
+    mask[0, 0, 1, [0, 3]] = 1
+    mask[0, 1, 2] = 1
+    assert torch.equal(flex_block_mask(mask, 128, 64).to_dense(), mask.to(torch.int32))
+
+
+def test_flex_is_given_its_plan(monkeypatch):
+    # Not compiled: it takes minutes, and a C++ compiler.
+    monkeypatch.setattr("psa_diffusers.benchmark.sparse_rivals.flex_attention", lambda *plan: sdpa)
+    row = measure(CASE, 1, extras=Extras(flex=True))
+    assert json.loads(row["rivals_missing"]) == {}
+    name = "flex, binary mask"
+    assert json.loads(row["rivals_budget"])[name] == pytest.approx(0.3, abs=0.1)
+    seconds = json.loads(row["rivals"])[name]
+    assert json.loads(row["speedups"])[name] == pytest.approx(seconds / row["attend_median"], rel=1e-4)
 
 
 def test_rounding_is_in_the_row():
