@@ -59,15 +59,18 @@ def plot_benchmark(rows: Sequence[Row]) -> Figure:
     if not panels:
         raise ValueError("a plot needs rows of two lengths at one budget, or of two budgets at one length.")
     figure = new_figure(5.2 * len(panels), 4.2)
+    from matplotlib.ticker import LogLocator
+
     for axes, (draw, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, series)
         axes.set(ylabel="milliseconds, median", yscale="log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8)
     first = panels[0][1][0]
-    sizes = f"{first['heads']} heads x {first['head_dim']}"
-    figure.suptitle(f"{first['device_name']}, {first['dtype']}, {sizes}, torch {first['torch']}", fontsize=9)
+    figure.suptitle(f"{first['device_name']}, {first['dtype']}, torch {first['torch']}", fontsize=9)
     return figure
 
 
@@ -84,10 +87,15 @@ def _largest_series(rows: Sequence[Row], along: str, fixed: Sequence[str]) -> li
 def _draw_lengths(axes: Any, rows: Sequence[Row]) -> None:
     tokens = [int(row["tokens"]) for row in rows]
     _draw_times(axes, tokens, rows)
-    axes.set(xscale="log", xlabel="tokens", title=f"compute budget {float(rows[0]['compute_budget']):g}")
+    if all(row.get("gpu_sparse") for row in rows):
+        for column, colour, name in (("gpu_dense", DENSE, "dense"), ("gpu_sparse", SPARSE, "sparse")):
+            label = f"{name}, without the host's time"
+            axes.plot(tokens, [1e3 * float(row[column]) for row in rows], ":", color=colour, label=label)
+    axes.set(xscale="log", xlabel="tokens")
+    axes.set_title(f"compute budget {float(rows[0]['compute_budget']):g}, {_heads(rows[0])}", fontsize=9)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xticks(tokens, [f"{number:,}" for number in tokens], rotation=45, fontsize=7)
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     if (even := break_even(rows)) is not None:
         axes.axvline(even, color=SPARSE, linestyle=":", linewidth=1)
         axes.annotate(f"faster from {even:,.0f}", (even, 0.02), xycoords=("data", "axes fraction"), fontsize=7)
@@ -101,11 +109,17 @@ def _draw_budgets(axes: Any, rows: Sequence[Row]) -> None:
         seconds, reached = (json.loads(row[name] or "{}") for name in ("rivals", "rivals_budget"))
         for name, budget in reached.items():
             others.setdefault(name, []).append((budget, 1e3 * seconds[name]))
-    for marker, (name, points) in zip("s^Dv*P", others.items(), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), marker=marker, linewidth=0.8, label=name)
-    axes.set(xscale="log", xlabel="compute budget (dense = 1)", title=f"{int(rows[0]['tokens']):,} tokens")
+    for number, (name, points) in enumerate(others.items()):
+        style = {"marker": "s^DvP*"[number % 6], "color": f"C{1 + number % 9}", "linewidth": 0.8}
+        axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
+    axes.set(xscale="log", xlabel="compute budget (dense = 1)")
+    axes.set_title(f"{int(rows[0]['tokens']):,} tokens, {_heads(rows[0])}", fontsize=9)
     axes.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
+
+
+def _heads(row: Row) -> str:
+    return f"{row['heads']} heads x {row['head_dim']}"
 
 
 def _draw_times(axes: Any, places: Sequence[float], rows: Sequence[Row]) -> None:
