@@ -77,6 +77,11 @@ def test_covariance_multiplies_as_many_rows_as_there_are_tokens(call):
     assert stage_works(call)["covariance_kernel"].flops == 2 * HEADS * merges * WIDTH**2
 
 
+def test_stages_are_named_after_kernels_that_are_there(call):
+    sources = "".join(path.read_text() for path in (ROOT / "psa_diffusers").rglob("triton/*.py"))
+    assert [name for name in stage_works(call) if f"def {name}(" not in sources] == []
+
+
 def test_dense_attention_of_wan_14b():
     call = Call(75600, 40, 128, 0.15)
     assert dense_work(call).flops == pytest.approx(117.05e12, rel=1e-3)

@@ -71,4 +71,6 @@ def test_break_even():
     assert break_even([slower, even, faster]) == 4096
     assert break_even([faster]) == 8192
     assert break_even([slower]) is None and break_even([]) is None
+    again = [row(16384, dense=1, sparse=2), row(65536, dense=4, sparse=2)]
+    assert break_even([slower, faster, *again]) == pytest.approx(32768)  # slower twice: after the last time
     assert break_even([faster, slower, row(1024, dense=3, sparse=1)]) == pytest.approx(4096)  # from then on for good
