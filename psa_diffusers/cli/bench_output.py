@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from .errors import WrongUsageError, as_wrong_usage
+from .errors import CommandError, WrongUsageError, as_wrong_usage
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -78,6 +79,8 @@ def check_plot(path: Path) -> None:
         raise WrongUsageError(f"--plot must end in {', '.join(PICTURES)}, but is {path}.")
     if not path.resolve().parent.is_dir():
         raise WrongUsageError(f"there is no folder {path.parent} for --plot {path}.")
+    if importlib.util.find_spec("matplotlib") is None:  # before anything is measured
+        raise CommandError("--plot needs matplotlib: pip install 'psa-diffusers[notebooks]'.")
 
 
 def rows_to_draw(csv_file: Path | None, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -136,3 +136,13 @@ def test_tables_name_what_was_timed_and_what_not(capsys):
     shown = capsys.readouterr().out
     assert "not timed: naive psa" in shown
     assert "on the GPU alone" in shown and "attend" in shown
+
+
+def test_plot_without_matplotlib_says_so_before_measuring(tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name))
+    rows = tmp_path / "rows.csv"
+    assert run("--csv", str(rows), "--plot", str(tmp_path / "x.png")) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err and not rows.exists()
