@@ -8,18 +8,19 @@ between them Python lets only one thread run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..planning.plan import Plan
+from ..products import linear
 from .covariance import counted_blocks
-from .products import linear
-from .pyramids import HeadPyramid, Layout, build_head_pyramid
+from .pyramids import HeadPyramid, Layout, build_head_pyramid, take
 from .workers import run_groups, thread_count
 
-MOST_LOGITS = 2**19
+MOST_LOGITS = 2**20
 
 
 def attend_torch(
@@ -36,7 +37,7 @@ def attend_torch(
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, fast on CPUs. No gradients.
 
     Computes in float32 (float64 for float64 inputs) and rounds once, at the end. Beyond inputs and output it takes 1.89
-    times the memory of K and V (4 levels, kv blocks of 64), for a third of the heads at a time.
+    times the memory of K and V and once that of Q (4 levels, kv blocks of 64), for half of the heads at a time.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
@@ -55,27 +56,32 @@ def attend_torch(
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
     workers = thread_count(query.device)
     # One head is worked on while the next is prepared, where that does not take too much memory beside K and V.
-    slots = min(len(heads), workers, max(1, len(heads) // 3))
+    slots = min(len(heads), workers, max(1, len(heads) // 2))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        memory = [call.empty_tables(3 if logit_correction == "variance" else 2) for _ in range(slots)]
-        run_groups(heads, memory, call.prepare, _attend_block, workers)
+        memory = [call.empty_memory(with_variance=logit_correction == "variance") for _ in range(slots)]
+        run_groups(heads, memory, call.prepare, _attend_block, call.finish, workers)
     return call.out, call.lse
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Memory(NamedTuple):
+    """What a head is worked on in; used for one head after the other."""
+
+    tables: tuple[Tensor, ...]  # of the pyramid
+    rows: Tensor  # [query_length, head_dim]: a block's queries, in the plan's order, and then its output
+    lse: Tensor | None  # [query_length]
+
+
+class _Block(NamedTuple):
     """One block of queries of one head: what it reads, and where its output goes."""
 
-    query: Tensor  # [query_length, head_dim], of the head
-    rows: Tensor  # int32 [rows read] of the pyramid's table
+    rows: Tensor  # [queries, head_dim] of the head's memory
+    lse: Tensor | None  # [queries]
+    reads: Tensor  # int32 [rows read] of the pyramid's table
     pyramid: HeadPyramid
-    positions: Tensor  # int64 [queries]: the tokens of these queries
-    out: Tensor  # [query_length, head_dim], of the head
-    lse: Tensor | None  # [query_length], of the head
 
 
 class _Call:
-    """The arguments of one call, and the first step from them to its output."""
+    """The arguments of one call, and the first and the last step from them to its output."""
 
     def __init__(
         self,
@@ -92,67 +98,80 @@ class _Call:
         self.scale, self.layout = scale, Layout.of(plan)
         self.precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.order = None if plan.order is None else plan.order.to(query.device)
+        self.places = None if self.order is None else _inverse(self.order)
         self.real = plan.real_keys()
         self.counted = counted_blocks(plan) if with_covariance else None
-        tokens = torch.arange(length, device=query.device) if self.order is None else self.order
-        self.positions = tokens.split(plan.query_block_size)
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = query.new_empty(batch, heads, length, dtype=self.precise) if return_lse else None
 
-    def empty_tables(self, count: int) -> tuple[Tensor, ...]:
-        """Memory for the pyramid of a head; used for one head after the other."""
-        shape = self.layout.empty_row + 1, self.query.shape[3]
-        return tuple(self.query.new_empty(shape, dtype=self.precise) for _ in range(count))
+    def empty_memory(self, with_variance: bool) -> _Memory:
+        """Memory for a head."""
+        length, head_dim = self.query.shape[1], self.query.shape[3]
+        shapes = [(self.layout.empty_row + 1, head_dim)] * (3 if with_variance else 2) + [(length, head_dim)]
+        *tables, rows = (self.query.new_empty(shape, dtype=self.precise) for shape in shapes)
+        return _Memory(tuple(tables), rows, None if self.lse is None else self.lse.new_empty(length))
 
-    def prepare(self, place: tuple[int, int], tables: tuple[Tensor, ...]) -> list[_Block]:
+    def prepare(self, place: tuple[int, int], memory: _Memory) -> list[_Block]:
         """Pack a head and list what its blocks of queries read, the longest first."""
         sample, head = place
         real = None if self.real is None else self.real[sample]
         key, value = self.key[sample, :, head], self.value[sample, :, head]
         counted = None if self.counted is None else self.counted[sample, head]
         pyramid = build_head_pyramid(
-            key, value, self.layout, tables, self.scale, order=self.order, real=real, counted=counted
+            key, value, self.layout, memory.tables, self.scale, order=self.order, real=real, counted=counted
         )
+        take(self.query[sample, :, head], self.order, out=memory.rows)
+        size = self.plan.query_block_size
         reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
-        query, out = self.query[sample, :, head], self.out[sample, :, head]
-        lse = None if self.lse is None else self.lse[sample, head]
-        blocks = [
-            _Block(query, rows, pyramid, positions, out, lse)
-            for rows, positions in zip(reads, self.positions, strict=True)
-        ]
-        return sorted(blocks, key=lambda block: -len(block.rows))
+        rows, lse = memory.rows.split(size), [None] * len(reads) if memory.lse is None else memory.lse.split(size)
+        blocks = [_Block(*parts, pyramid) for parts in zip(rows, lse, reads, strict=True)]
+        return sorted(blocks, key=lambda block: -len(block.reads))
+
+    def finish(self, place: tuple[int, int], memory: _Memory) -> None:
+        """Put a head's output where it belongs."""
+        sample, head = place
+        take(memory.rows, self.places, out=self.out[sample, :, head])
+        if memory.lse is not None:
+            take(memory.lse, self.places, out=self.lse[sample, head])
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """int64 [query_length]: the position of each token in the order. To gather by it is faster than to scatter."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _attend_block(block: _Block) -> None:
-    """Compute one block of queries and write it where it belongs."""
+    """Compute one block of queries, and write its output over them."""
     # Long reads take fewer queries at a time: they gather more than once, but logits stay in the cache.
-    step = max(16, MOST_LOGITS // max(1, len(block.rows)))
-    for positions in block.positions.split(step):
-        queries = block.query.index_select(0, positions)
-        out, lse = _attend(queries, block.rows, block.pyramid, block.lse is not None)
-        block.out.index_copy_(0, positions, out.to(block.out.dtype))
-        if lse is not None:
-            block.lse.index_copy_(0, positions, lse)
+    parts = max(1, -(-block.rows.shape[0] * len(block.reads) // MOST_LOGITS))
+    size = max(16, -(-block.rows.shape[0] // parts))
+    lse = block.lse.split(size) if block.lse is not None else itertools.repeat(None)
+    for rows, part_lse in zip(block.rows.split(size), lse, strict=False):
+        _attend(rows, part_lse, block.reads, block.pyramid)
 
 
-def _attend(queries: Tensor, rows: Tensor, pyramid: HeadPyramid, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Output [queries, head_dim] and lse [queries], in the pyramid's dtype, over rows of the pyramid."""
+def _attend(queries: Tensor, lse: Tensor | None, reads: Tensor, pyramid: HeadPyramid) -> None:
+    """Write over queries [n, head_dim] their output, and over lse [n] theirs, from these rows of the pyramid."""
     key, value, *variance = pyramid.tables
-    queries = queries.to(key.dtype)
-    if len(rows) == 0:
-        return torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf) if with_lse else None
-    bias = pyramid.log_count.index_select(0, rows)
-    logits = linear(queries, key.index_select(0, rows), bias)
+    if len(reads) == 0:
+        queries.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+        return
+    bias = pyramid.log_count.index_select(0, reads)
+    logits = linear(queries, key.index_select(0, reads), bias)
     if variance:
-        half_variance = linear(queries**2, variance[0].index_select(0, rows)) * 0.5
+        half_variance = linear(queries**2, variance[0].index_select(0, reads)) * 0.5
         logits += torch.minimum(half_variance, bias)
-    lse = logits.logsumexp(-1) if with_lse else None
+    if lse is not None:
+        torch.logsumexp(logits, -1, out=lse)
     weights = torch.softmax(logits, -1, out=logits)
-    out = linear(weights, value.index_select(0, rows).t())
-    if pyramid.covariance is not None:
-        mass = weights @ pyramid.row_shares.index_select(0, rows)
-        out += linear(queries, pyramid.covariance).mul_(mass[:, None])
-    return out, lse
+    out = linear(weights, value.index_select(0, reads).t())
+    if pyramid.covariance is None:
+        queries.copy_(out)
+    else:
+        mass = weights @ pyramid.row_shares.index_select(0, reads)
+        torch.addcmul(out, queries @ pyramid.covariance.t(), mass[:, None], out=queries)
 
 
 def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:
