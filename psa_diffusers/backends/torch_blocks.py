@@ -18,6 +18,7 @@ from ..planning.plan import Plan
 from ..products import linear
 from .covariance import counted_blocks
 from .pyramids import HeadPyramid, Layout, build_head_pyramid, take
+from .reads import Reads, list_reads
 from .workers import run_groups, thread_count
 
 MOST_LOGITS = 2**20
@@ -59,24 +60,26 @@ def attend_torch(
     slots = min(len(heads), workers, max(1, len(heads) // 2))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         memory = [call.empty_memory(with_variance=logit_correction == "variance") for _ in range(slots)]
-        run_groups(heads, memory, call.prepare, _attend_block, call.finish, workers)
+        run_groups(heads, memory, call.prepare, _attend_blocks, call.finish, workers)
     return call.out, call.lse
 
 
-class _Memory(NamedTuple):
+class _Memory:
     """What a head is worked on in; used for one head after the other."""
 
-    tables: tuple[Tensor, ...]  # of the pyramid
-    rows: Tensor  # [query_length, head_dim]: a block's queries, in the plan's order, and then its output
-    lse: Tensor | None  # [query_length]
+    def __init__(self, tables: tuple[Tensor, ...], rows: Tensor, lse: Tensor | None) -> None:
+        self.tables = tables  # of the pyramid
+        self.rows = rows  # [query_length, head_dim]: queries, and then their output
+        self.lse = lse  # [query_length]
+        self.places: Tensor | None = None  # int64 [query_length]: where in the rows each token is
 
 
-class _Block(NamedTuple):
-    """One block of queries of one head: what it reads, and where its output goes."""
+class _Blocks(NamedTuple):
+    """Some blocks of queries of one head: what they read, and where their output goes."""
 
     rows: Tensor  # [queries, head_dim] of the head's memory
     lse: Tensor | None  # [queries]
-    reads: Tensor  # int32 [rows read] of the pyramid's table
+    reads: Reads
     pyramid: HeadPyramid
 
 
@@ -98,7 +101,6 @@ class _Call:
         self.scale, self.layout = scale, Layout.of(plan)
         self.precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.order = None if plan.order is None else plan.order.to(query.device)
-        self.places = None if self.order is None else _inverse(self.order)
         self.real = plan.real_keys()
         self.counted = counted_blocks(plan) if with_covariance else None
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -111,7 +113,7 @@ class _Call:
         *tables, rows = (self.query.new_empty(shape, dtype=self.precise) for shape in shapes)
         return _Memory(tuple(tables), rows, None if self.lse is None else self.lse.new_empty(length))
 
-    def prepare(self, place: tuple[int, int], memory: _Memory) -> list[_Block]:
+    def prepare(self, place: tuple[int, int], memory: _Memory) -> list[_Blocks]:
         """Pack a head and list what its blocks of queries read, the longest first."""
         sample, head = place
         real = None if self.real is None else self.real[sample]
@@ -120,44 +122,57 @@ class _Call:
         pyramid = build_head_pyramid(
             key, value, self.layout, memory.tables, self.scale, order=self.order, real=real, counted=counted
         )
-        take(self.query[sample, :, head], self.order, out=memory.rows)
-        size = self.plan.query_block_size
-        reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
-        rows, lse = memory.rows.split(size), [None] * len(reads) if memory.lse is None else memory.lse.split(size)
-        blocks = [_Block(*parts, pyramid) for parts in zip(rows, lse, reads, strict=True)]
-        return sorted(blocks, key=lambda block: -len(block.reads))
+        size, length = self.plan.query_block_size, self.query.shape[1]
+        order, reads = list_reads(self.plan.level_mask[sample, head], pyramid, self.layout, size, length)
+        tokens = self._tokens_of(order)
+        memory.places = _inverse(tokens)
+        take(self.query[sample, :, head], tokens, out=memory.rows)
+        queries = [part.queries for part in reads]
+        rows = memory.rows.split(queries)
+        lse = [None] * len(reads) if memory.lse is None else memory.lse.split(queries)
+        return [_Blocks(*parts, pyramid) for parts in zip(rows, lse, reads, strict=True)]
+
+    def _tokens_of(self, blocks: Tensor) -> Tensor:
+        """int64 [query_length]: the tokens of these blocks of queries, one block after the other."""
+        size, length = self.plan.query_block_size, self.query.shape[1]
+        positions = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        positions = positions if length % size == 0 else positions[positions < length]
+        return positions if self.order is None else self.order[positions]
 
     def finish(self, place: tuple[int, int], memory: _Memory) -> None:
         """Put a head's output where it belongs."""
         sample, head = place
-        take(memory.rows, self.places, out=self.out[sample, :, head])
+        take(memory.rows, memory.places, out=self.out[sample, :, head])
         if memory.lse is not None:
-            take(memory.lse, self.places, out=self.lse[sample, head])
+            take(memory.lse, memory.places, out=self.lse[sample, head])
 
 
-def _inverse(order: Tensor) -> Tensor:
-    """int64 [query_length]: the position of each token in the order. To gather by it is faster than to scatter."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def _inverse(tokens: Tensor) -> Tensor:
+    """int64 [query_length]: where each token is among the tokens. To gather by it is faster than to scatter."""
+    return torch.empty_like(tokens).scatter_(0, tokens, torch.arange(len(tokens), device=tokens.device))
 
 
-def _attend_block(block: _Block) -> None:
-    """Compute one block of queries, and write its output over them."""
+def _attend_blocks(blocks: _Blocks) -> None:
+    """Compute some blocks of queries, and write their output over them."""
+    if len(blocks.reads.rows) == 0:
+        blocks.rows.zero_()
+        if blocks.lse is not None:
+            blocks.lse.fill_(-torch.inf)
+        return
+    if blocks.reads.blocks > 1:
+        _attend_together(blocks)
+        return
     # Long reads take fewer queries at a time: they gather more than once, but logits stay in the cache.
-    parts = max(1, -(-block.rows.shape[0] * len(block.reads) // MOST_LOGITS))
-    size = max(16, -(-block.rows.shape[0] // parts))
-    lse = block.lse.split(size) if block.lse is not None else itertools.repeat(None)
-    for rows, part_lse in zip(block.rows.split(size), lse, strict=False):
-        _attend(rows, part_lse, block.reads, block.pyramid)
+    parts = max(1, -(-len(blocks.rows) * len(blocks.reads.rows) // MOST_LOGITS))
+    size = max(16, -(-len(blocks.rows) // parts))
+    lse = itertools.repeat(None) if blocks.lse is None else blocks.lse.split(size)
+    for rows, part_lse in zip(blocks.rows.split(size), lse, strict=False):
+        _attend(rows, part_lse, blocks.reads.rows, blocks.pyramid)
 
 
 def _attend(queries: Tensor, lse: Tensor | None, reads: Tensor, pyramid: HeadPyramid) -> None:
     """Write over queries [n, head_dim] their output, and over lse [n] theirs, from these rows of the pyramid."""
     key, value, *variance = pyramid.tables
-    if len(reads) == 0:
-        queries.zero_()
-        if lse is not None:
-            lse.fill_(-torch.inf)
-        return
     bias = pyramid.log_count.index_select(0, reads)
     logits = linear(queries, key.index_select(0, reads), bias)
     if variance:
@@ -174,31 +189,22 @@ def _attend(queries: Tensor, lse: Tensor | None, reads: Tensor, pyramid: HeadPyr
         torch.addcmul(out, queries @ pyramid.covariance.t(), mass[:, None], out=queries)
 
 
-def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:
-    """The rows that each block of queries reads, from levels, int8 [query_blocks, kv_blocks]."""
-    device = levels.device
-    if pyramid.block_has_real is not None:
-        levels = levels * pyramid.block_has_real
-    sizes, starts = (torch.tensor([0, *items], device=device) for items in (layout.sizes, layout.starts[:-1]))
-    levels = levels.long()
-    lengths = sizes[levels]
-    totals = lengths.sum(1)
-    # A last, empty block fills each list up with the empty row.
-    filled = _filled_up(totals)
-    lengths = torch.cat([lengths, (filled - totals)[:, None]], 1).flatten()
-    first = starts[levels] + sizes[levels] * torch.arange(layout.blocks, device=device)
-    first = torch.nn.functional.pad(first, (0, 1), value=layout.empty_row).flatten()
-    before = lengths.cumsum(0) - lengths
-    count = int(filled.sum())
-    rows = torch.repeat_interleave((first - before).int(), lengths, output_size=count)
-    rows += torch.arange(count, device=device, dtype=torch.int32)
-    return rows.clamp_(max=layout.empty_row).split(filled.tolist())
-
-
-def _filled_up(rows: Tensor) -> Tensor:
-    """Numbers of rows, rounded up by less than 1/32 (or to 16), so that there are few of them.
-
-    oneDNN makes a kernel for every shape, which takes longer than to run it, and keeps the last thousand.
-    """
-    step = 2 ** (rows.clamp(min=1).double().log2().floor() - 5).clamp(min=4).to(rows.dtype)
-    return (rows + step - 1) // step * step
+def _attend_together(blocks: _Blocks) -> None:
+    """:func:`_attend` for blocks of as many queries that read as many rows: n blocks of q queries, r rows each."""
+    (count, _, reads), pyramid = blocks.reads, blocks.pyramid
+    key, value, *variance = (table.index_select(0, reads).view(count, -1, table.shape[1]) for table in pyramid.tables)
+    queries = blocks.rows.view(count, -1, blocks.rows.shape[1])
+    bias = pyramid.log_count.index_select(0, reads).view(count, 1, -1)
+    logits = torch.bmm(queries, key.mT).add_(bias)
+    if variance:
+        half_variance = torch.bmm(queries**2, variance[0].mT) * 0.5
+        logits += torch.minimum(half_variance, bias)
+    if blocks.lse is not None:
+        torch.logsumexp(logits, -1, out=blocks.lse.view(count, -1))
+    weights = torch.softmax(logits, -1, out=logits)
+    out = torch.bmm(weights, value)
+    if pyramid.covariance is None:
+        queries.copy_(out)
+    else:
+        mass = torch.bmm(weights, pyramid.row_shares.index_select(0, reads).view(count, -1, 1))
+        torch.addcmul(out, queries @ pyramid.covariance.t(), mass, out=queries)
