@@ -284,10 +284,10 @@ def _file_format(path: Path) -> str:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     kind = _file_format(path)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if kind == "json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"PSAConfig: {path} is not valid {kind.upper()}: {error}") from error
     if values is None:
         return {}
