@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..integration import psa_statistics
-from ..integration.statistics import Duration, SparseCall
+from ..integration.statistics import Duration, PSAStatistics, SparseCall
 from .level_losses import level_name
 
 if TYPE_CHECKING:
@@ -125,7 +125,11 @@ def psa_report(pipe: Any) -> PSAReport:
     Raises:
         ValueError: PSA is not enabled on this pipeline.
     """
-    statistics = psa_statistics(pipe)
+    return report_of(psa_statistics(pipe))
+
+
+def report_of(statistics: PSAStatistics) -> PSAReport:
+    """The same of statistics that were kept, also after PSA was disabled."""
     calls: dict[tuple, Share] = {}
     heads: dict[tuple, Share] = {}
     for (step, layer, reason), count in statistics.dense.items():
