@@ -21,8 +21,8 @@ from ..report.run_report import report_of
 from . import pipeline, run_record
 from .comparison_files import finish  # noqa: F401  the last of the three parts of the work
 from .comparison_job import Clip, Job, check_folders
-from .dense_store import DenseStore, dense_request, key_of
 from .denoise import Generated, generate
+from .dense_store import DenseStore, dense_request, key_of
 from .errors import CommandError, WrongUsageError
 from .output import DENSE_VIDEO, answers
 from .processes import Processes
@@ -48,11 +48,11 @@ class Work:
 def plan(job: Job) -> list[Work]:
     """What is to be done, in the order of the clips; the last check of a job."""
     check_folders(job)
-    store, work = DenseStore(job.cache), []
+    work = []
     for clip in job.clips:
         key = key_of(dense_request(clip.prompt, job.settings_of(clip), job.identity))
         missing = [name for name in job.configs if _is_missing(job, clip, name, key)]
-        if missing or store.record(key) is None or not (job.folder_of(clip) / DENSE_VIDEO).is_file():
+        if missing or not (job.folder_of(clip) / DENSE_VIDEO).is_file():
             work.append(Work(clip, key, missing))
     return work
 
@@ -197,6 +197,7 @@ def describe_parts(run: Generated) -> dict[str, Any]:
     return {
         "planning_seconds": run.statistics.planning_seconds,
         "attention_seconds": run.statistics.attention_seconds,
+        "by_call": report.budgets(),
         "by_step": report.rows("step"),
         "by_layer": report.rows("layer"),
         "by_head": report.rows("head"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +13,6 @@ from ..metrics.video_io import whole_file
 from ..report.totals import DENSE, clip_row, dense_row, flat, frame_rows, totals
 from . import run_record, vbench
 from .comparison_job import Clip, Job
-from .dense_store import DenseStore, dense_request, key_of
 from .errors import CommandError
 
 RESULTS, PAGE = "compare.json", "report.html"
@@ -21,7 +21,7 @@ RESULTS, PAGE = "compare.json", "report.html"
 def finish(job: Job, *, say: Callable[[str], None]) -> dict[str, Any]:
     """Read all records, write everything else, and return the content of ``compare.json``."""
     records = {(clip.name, name): _record(job, clip, name) for clip in job.clips for name in job.configs}
-    rows = [_dense_row(job, clip) for clip in job.clips]
+    rows = [dense_row(clip.name, records[clip.name, next(iter(job.configs))]) for clip in job.clips]
     rows += [clip_row(clip.name, name, records[clip.name, name]) for name in job.configs for clip in job.clips]
     results = {
         "command": job.command,
@@ -54,6 +54,8 @@ def _write(job: Job, results: dict[str, Any], records: dict[tuple[str, str], dic
     write_csv(job.output / "clips.csv", results["clips"])
     write_csv(job.output / "frames.csv", list(frames))
     run_record.write_json(job.output / RESULTS, results)
+    if _missing_packages():
+        return
     from ..report.page import render
 
     text = render(results, records, job.output)
@@ -71,21 +73,21 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerow({name: f"{item:.6g}" if isinstance(item, float) else item for name, item in row.items()})
 
 
+def _missing_packages() -> list[str]:
+    """What the page needs and is not installed."""
+    return [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+
+
 def _record(job: Job, clip: Clip, name: str) -> dict[str, Any]:
     return json.loads((job.folder_of(clip) / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _dense_row(job: Job, clip: Clip) -> dict[str, Any]:
-    key = key_of(dense_request(clip.prompt, job.settings_of(clip), job.identity))
-    record = DenseStore(job.cache).record(key)
-    if record is None:
-        raise CommandError(f"the dense video {key} has gone from {job.cache}; run the command again.")
-    return dense_row(clip.name, clip.prompt, clip.seed, record)
 
 
 def _notes(job: Job, records: list[dict[str, Any]]) -> list[str]:
     """What has to be said beside the figures, each once."""
     notes = [note for record in records for note in record["notes"]]
+    if _missing_packages():
+        missing = " and ".join(_missing_packages())
+        notes.append(f"No {PAGE}: {missing} missing. pip install 'psa-diffusers[report]', and the same command again.")
     for record in records:
         notes += [f"{record['setting']}: calls stayed dense: {item['reason']}." for item in record["fallbacks"]]
         if record["lpips"] is None:

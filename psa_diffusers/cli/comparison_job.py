@@ -157,9 +157,7 @@ def read_seeds(text: str) -> list[int]:
     return seeds
 
 
-def read_configs(
-    presets: str | None, files: list[Path], budgets: str | None
-) -> tuple[dict[str, PSAConfig], list[str]]:
+def read_configs(presets: str | None, files: list[Path], budgets: str | None) -> tuple[dict[str, PSAConfig], list[str]]:
     """The settings to compare, by name: presets, files, and the default at some budgets; else the default.
 
     Returns:
@@ -175,7 +173,7 @@ def read_configs(
     configs: dict[str, PSAConfig] = {}
     dropped = []
     for name, config in asked or [("default", settings.read_config(None, None, None))]:
-        if name in configs and configs[name] != config or name == DENSE:
+        if (name in configs and configs[name] != config) or name == DENSE:
             raise WrongUsageError(f"two settings would be called {name}: rename the config file.")
         if config in configs.values():
             dropped.append(name)

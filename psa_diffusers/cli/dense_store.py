@@ -62,13 +62,6 @@ class DenseStore:
             return None
         return (frames, record) if record.get("frames_sha256") == _digest(frames) else None
 
-    def record(self, key: str) -> dict[str, Any] | None:
-        """The record of an entry, without reading its frames."""
-        try:
-            return json.loads((self.folder / key / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
     def video(self, key: str) -> Path:
         return self.folder / key / DENSE_VIDEO
 

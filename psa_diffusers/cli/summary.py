@@ -77,10 +77,11 @@ def show_comparison(results: dict[str, Any]) -> None:
     console.print(table)
     for note in results["notes"]:
         console.print(note, soft_wrap=True, markup=False)
-    files = "report.html, compare.json, totals.csv, clips.csv, frames.csv, videos/"
+    page = "report.html, " * (Path(results["folder"]) / "report.html").is_file()
+    files = f"{page}compare.json, totals.csv, clips.csv, frames.csv, videos/"
     console.print(f"{results['folder']}: {files}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _interval(mean: dict[str, Any], digits: int) -> str:
     value, low, high = (_number(mean[name], digits) for name in ("value", "low", "high"))
-    return value if mean["low"] is None else f"{value} ({low} to {high})"
+    return value if mean["low"] is None else f"{value}\n{low} to {high}"

@@ -16,7 +16,7 @@ _NAME_BYTES = 255 - len(".-00.partial.mp4")
 def check_names(prompts: Iterable[str], seeds: int) -> None:
     """Refuse prompts that cannot be a file's name: VBench finds a video by the whole prompt in it."""
     for prompt in prompts:
-        if any(letter in prompt for letter in '/\\\0') or len(prompt.encode()) > _NAME_BYTES:
+        if any(letter in prompt for letter in "/\\\0") or len(prompt.encode()) > _NAME_BYTES:
             raise WrongUsageError(
                 f'--vbench: the prompt "{prompt[:60]}" cannot be in a file\'s name (a slash, or above {_NAME_BYTES} '
                 "bytes). Leave it out, or leave --vbench out."

@@ -112,8 +112,11 @@ class PSAReport:
         """The compute budget of every step (columns) and layer (rows), dense = 1. Needs matplotlib."""
         from .plots import plot_budgets
 
-        budgets = {key: _budget_of_all(share) for key, share in self.calls.items() if None not in key}
-        return plot_budgets(budgets)
+        return plot_budgets({(step, layer): budget for step, layer, budget in self.budgets()})
+
+    def budgets(self) -> list[tuple[int, int, float]]:
+        """(step, layer, compute budget of all its calls, dense ones counting 1), where step and layer are known."""
+        return [(*key, _budget_of_all(share)) for key, share in self.calls.items() if None not in key]
 
     def __str__(self) -> str:
         return self.table()
