@@ -28,7 +28,7 @@ def describe_mask(mask: np.ndarray, step: int, layer: int, head: int, num_levels
     counts = np.bincount(mask.ravel(), minlength=num_levels + 2)
     order = [*range(1, num_levels + 2), 0]
     shares = {level_name(level, num_levels): counts[level] / mask.size for level in order}
-    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > 0)
+    told = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if share > 0)
     return {
         "step": step,
         "layer": layer,
@@ -38,6 +38,10 @@ def describe_mask(mask: np.ndarray, step: int, layer: int, head: int, num_levels
         "picture": picture(mask, num_levels),
         "blocks": f"{mask.shape[0]} x {mask.shape[1]}",
     }
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "<1%"
 
 
 def picture(mask: np.ndarray, num_levels: int) -> str:

@@ -48,7 +48,7 @@ def render(results: Mapping[str, Any], records: Records, folder: Path) -> str:
         time_rows=time_of(results, records),
         masks=level_masks(results, records, folder),
         parts=figures.PARTS,
-        heat=", ".join(f"rgb{tuple(int(c) for c in colour)}" for colour in heat_colours()[::32]),
+        heat=", ".join(f"rgb{tuple(int(c) for c in colour)}" for colour in heat_colours()[::51]),
         full_scale=FULL_SCALE,
         settings_text={name: json.dumps(config, indent=2) for name, config in results["settings"].items()},
         colours=COLOURS,
