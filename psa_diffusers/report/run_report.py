@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..integration import psa_statistics
-from ..integration.statistics import Duration, SparseCall
+from ..integration.statistics import Duration, PSAStatistics, SparseCall
 from .level_losses import level_name
 
 if TYPE_CHECKING:
@@ -112,8 +112,11 @@ class PSAReport:
         """The compute budget of every step (columns) and layer (rows), dense = 1. Needs matplotlib."""
         from .plots import plot_budgets
 
-        budgets = {key: _budget_of_all(share) for key, share in self.calls.items() if None not in key}
-        return plot_budgets(budgets)
+        return plot_budgets({(step, layer): budget for step, layer, budget in self.budgets()})
+
+    def budgets(self) -> list[tuple[int, int, float]]:
+        """(step, layer, compute budget of all its calls, dense ones counting 1), where step and layer are known."""
+        return [(*key, _budget_of_all(share)) for key, share in self.calls.items() if None not in key]
 
     def __str__(self) -> str:
         return self.table()
@@ -125,7 +128,11 @@ def psa_report(pipe: Any) -> PSAReport:
     Raises:
         ValueError: PSA is not enabled on this pipeline.
     """
-    statistics = psa_statistics(pipe)
+    return report_of(psa_statistics(pipe))
+
+
+def report_of(statistics: PSAStatistics) -> PSAReport:
+    """The same of statistics that were kept, also after PSA was disabled."""
     calls: dict[tuple, Share] = {}
     heads: dict[tuple, Share] = {}
     for (step, layer, reason), count in statistics.dense.items():
