@@ -16,6 +16,7 @@ def amend_cosmos() -> None:
     """A stand-in for the one function of torchvision that Cosmos' forward calls, where torchvision is missing."""
     if importlib.util.find_spec("torchvision") is not None:
         return
+
     def resize(image, size, interpolation):
         return F.interpolate(image, size, mode=interpolation)
 
