@@ -105,33 +105,43 @@ def show(rows: list[dict[str, Any]]) -> None:
     console = Console()
     if not console.is_terminal:  # a file has no width to keep to
         console.width = 120
+    first = rows[0]
+    _print(
+        console, f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}; milliseconds, medians"
+    )
     console.print(_times(rows))
     for row in rows:
         title = f"{row['tokens']} tokens x {row['heads']} x {row['head_dim']}, budget {row['achieved_budget']:.3f}"
         others, missing = (json.loads(row[name]) for name in ("rivals", "rivals_missing"))
-        if len(others) > 1 or row["stages"]:
-            console.print(_others(row, f"{title}; ours = attention alone where the plan is given", others))
+        if len(others) > 1:
+            _print(console, f"{title}: ours against others, without our planning where they are given a plan")
+            console.print(_others(row, others))
         if row["stages"]:
-            console.print(_stages(f"{title}; on the GPU alone", json.loads(row["stages"])))
+            on_gpu = row["device"].startswith("cuda")
+            _print(console, f"{title}: stages{', the host left out' if on_gpu else ''}")
+            console.print(_stages(json.loads(row["stages"])))
         for name, why in missing.items():
-            console.print(f"not timed: {name}: {why}", markup=False, highlight=False)
+            _print(console, f"not timed: {name}: {why}")
 
 
-def _table(title: str, *names: str) -> Any:
+def _print(console: Any, line: str) -> None:
+    """As it is: a table's own title would be wrapped at the table's width."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(*names: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in names:
         table.add_column(name, justify="right")
     return table
 
 
 def _times(rows: list[dict[str, Any]]) -> Any:
-    first = rows[0]
-    title = f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}; milliseconds, medians"
     sizes, times = ("tokens", "dtype", "backend", "budget"), ("dense", "plan", "attend")
-    table = _table(title, *sizes, *times, "speedup", "ideal", "error", "memory/KV")
+    table = _table(*sizes, *times, "speedup", "ideal", "error", "memory/KV")
     for row in rows:
         memory = row["peak_extra_over_kv"]
         table.add_row(
@@ -148,9 +158,9 @@ def _times(rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _others(row: dict[str, Any], title: str, others: dict[str, float]) -> Any:
+def _others(row: dict[str, Any], others: dict[str, float]) -> Any:
     budgets, errors, speedups = (json.loads(row[name]) for name in ("rivals_budget", "rivals_error", "speedups"))
-    table = _table(title, "other", "ms", "ours is faster", "budget", "error")
+    table = _table("other", "ms", "ours is faster", "budget", "error")
     for name, seconds in others.items():
         budget = f"{budgets[name]:.3f}" if name in budgets else "dense"
         error = f"{errors[name]:.3f}" if name in errors else "-"
@@ -158,8 +168,8 @@ def _others(row: dict[str, Any], title: str, others: dict[str, float]) -> Any:
     return table
 
 
-def _stages(title: str, stages: dict[str, Any]) -> Any:
-    table = _table(title, "stage", "ms", "p20", "p80")
+def _stages(stages: dict[str, Any]) -> Any:
+    table = _table("stage", "ms", "p20", "p80")
     for name, taken in stages.items():
         figures = taken.values() if isinstance(taken, dict) else [taken]
         table.add_row(name, *(f"{1e3 * seconds:.3f}" for seconds in figures))
