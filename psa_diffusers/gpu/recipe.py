@@ -160,17 +160,27 @@ class Recipe:
 def _launch_all(steps: Sequence[_Step], slots: Sequence[Tensor | None], device: torch.device) -> None:
     """Every launch on a GPU's current stream, with addresses for tensors: the least that a launch can be told.
 
-    Profilers that hook into Triton see these launches as the driver does, without Triton's own facts about them.
+    Hooks of Triton that someone has set (profilers do, and the benchmark) are called as Triton does.
     """
-    stream = _current_stream(device)
+    stream, (entered, left) = _current_stream(device), launch_hooks()
     starts = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
     for launch, compiled, template, places in steps:
         values = template.copy()
         for argument, slot, offset, _, descriptor in places:
             address = starts[slot] + offset
             values[argument] = address if descriptor is None else _described(descriptor, address)
-        # What Triton itself calls once it has found the kernel; the last three are its hooks.
-        compiled.run(*launch.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+        facts = None if entered is None else compiled.launch_metadata(launch.grid, stream, *values)
+        # What Triton itself calls once it has found the kernel.
+        compiled.run(*launch.grid, stream, compiled.function, compiled.packed_metadata, facts, entered, left, *values)
+
+
+def launch_hooks() -> tuple[Any, Any]:
+    """Triton's hooks before and after a launch; (None, None) if nobody has set any, which saves calling them."""
+    from triton import knobs
+
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # A chain of hooks is there even if it is empty; older releases have a single hook, or None.
+    return hooks if any(getattr(hook, "calls", hook) for hook in hooks) else (None, None)
 
 
 def _current_stream(device: torch.device) -> Any:

@@ -236,3 +236,34 @@ def test_rounding_is_in_the_row():
     row = measure(CASE, 1, extras=Extras(rounding=True))
     assert 0 < row["sparse_error"] < 1e-5 and row["relative_error"] > 0.01
     assert measure(CASE, 1)["error_ratio"] is None
+
+
+def test_replayed_launches_are_seen_too(monkeypatch):
+    """Recipes call compiled kernels without Triton's own launcher: the hooks are theirs to call."""
+    from types import SimpleNamespace
+
+    from psa_diffusers.gpu import recipe
+
+    calls = []
+
+    def run(*arguments):
+        *grid_and_kernel, facts, entered, left, argument = arguments
+        if entered is not None:
+            entered(facts)
+        calls.append((grid_and_kernel, entered is not None, argument))
+        if left is not None:
+            left(facts)
+
+    compiled = SimpleNamespace(
+        run=run,
+        function="function",
+        packed_metadata="packed",
+        launch_metadata=lambda grid, stream, *arguments: _Metadata("replayed_kernel"),
+    )
+    step = recipe._Step(SimpleNamespace(grid=(4, 1, 1)), compiled, [7], [])
+    monkeypatch.setattr(recipe, "_current_stream", lambda device: "stream")
+    with LaunchTimer(_Event) as timer:
+        recipe._launch_all([step], [], torch.device("cuda"))
+    recipe._launch_all([step], [], torch.device("cuda"))
+    assert timer.seconds() == {"replayed_kernel": 1.0}
+    assert calls == [([4, 1, 1, "stream", "function", "packed"], seen, 7) for seen in (True, False)]
