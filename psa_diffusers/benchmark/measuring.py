@@ -152,6 +152,8 @@ def _gpu_columns(
     if kernel > 0:  # not so where torch computes
         found["kernel_tflops"] = case.dense_flops * row["achieved_budget"] / kernel / 1e12
         found["overhead_share"] = (medians["whole"] - kernel) / medians["dense"]
+    else:
+        row["rivals_missing"]["stages"] = "no attention kernel of Triton's was seen, so that none is timed apart"
     return {**empty, **found}
 
 

@@ -267,3 +267,25 @@ def test_replayed_launches_are_seen_too(monkeypatch):
     recipe._launch_all([step], [], torch.device("cuda"))
     assert timer.seconds() == {"replayed_kernel": 1.0}
     assert calls == [([4, 1, 1, "stream", "function", "packed"], seen, 7) for seen in (True, False)]
+
+
+@pytest.mark.parametrize("kernel", ["hopper_attention_kernel", None])
+def test_columns_of_a_gpu(monkeypatch, kernel):
+    """And a call without an attention kernel of Triton's is reported, not passed over."""
+    from dataclasses import replace
+
+    from psa_diffusers.benchmark import measuring
+
+    seconds = {"dense": 0.2, "plan": 0.01, "attend": 0.03, "whole": 0.05, "pyramid_kernel": 0.002, "rest": 0.0}
+    seconds |= {} if kernel is None else {kernel: 0.025}
+    stages = {name: {"median": taken} for name, taken in seconds.items()}
+    monkeypatch.setattr(measuring, "measure_stages", lambda *arguments: stages)
+    row = {"achieved_budget": 0.5, "rivals_missing": {}}
+    case = replace(CASE, device="cuda")
+    found = measuring._gpu_columns(case, {}, 3, Extras(stages=True), row)
+    assert found["gpu_speedup"] == pytest.approx(4.0) and found["stages"] is stages
+    if kernel is None:
+        assert found["kernel_tflops"] is None and list(row["rivals_missing"]) == ["stages"]
+    else:
+        assert found["kernel_tflops"] == pytest.approx(case.dense_flops * 0.5 / 0.025 / 1e12)
+        assert found["overhead_share"] == pytest.approx(0.125) and row["rivals_missing"] == {}
