@@ -13,6 +13,7 @@ import torch
 
 from ..planning.plan import Plan, mean_cost
 from ..planning.sharing import mean_over_heads
+from .guards import run_warnings
 from .schedule import STEP_UNKNOWN, Step
 
 DENSE, SPARSE, SKIPPED = "dense", "sparse", "skipped"
@@ -178,6 +179,10 @@ class PSAStatistics:
             self._budget_sum += float(cost)
         return self._budget_sum
 
+    def level_counts(self) -> list[torch.Tensor]:
+        """Of each sparse call how many block pairs it read at each level, int64 [levels, batch, heads] on the CPU."""
+        return read_together([call.counts for call in self.calls])
+
     @property
     def planning_seconds(self) -> float:
         """Time spent making plans for sparse calls."""
@@ -195,6 +200,15 @@ class PSAStatistics:
         self._events.clear()
         return self._seconds[part]
 
+    @property
+    def warnings(self) -> dict[str, int]:
+        """Known signs of lost quality or time, each with the number of steps or calls that show it.
+
+        Sparse steps before a quarter of the run; calls that are read almost wholly at the coarsest level; calls that
+        took longer to plan than to attend.
+        """
+        return run_warnings(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain values, ready for JSON."""
         names = (
@@ -205,6 +219,7 @@ class PSAStatistics:
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["steps"] = [list(step) for step in self.steps]
         values["notes"] = list(self.notes)
+        values["warnings"] = self.warnings
         return values
 
     def __repr__(self) -> str:
