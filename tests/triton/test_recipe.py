@@ -59,7 +59,7 @@ def kernel(request, monkeypatch):
 
 
 class Steps:
-    """source + 1 + 10 + 100 + constant, by buffers of its own; and how often that was recorded."""
+    """source + 1111, other + 0.5 and source + 1, by buffers of its own; and how often that was recorded."""
 
     def __init__(self, kernel: AddKernel, described: bool = False) -> None:
         self.kernel, self.described = kernel, described
@@ -74,7 +74,7 @@ class Steps:
         assert nothing is None
         buffers = source.new_empty(3, *source.shape)
         first, second, third = (torch.empty_like(source) for _ in range(3))
-        results = [torch.empty_like(source), torch.empty_like(source)]
+        results = [torch.empty_like(source) for _ in range(3)]
         links = [
             (source, first, 1.0),
             (first, second, 10.0),
@@ -82,6 +82,7 @@ class Steps:
             (third, buffers[2], 1000.0),  # a part of a buffer
             (Descriptor(buffers[2]) if self.described else buffers[2], results[0], 0.0),
             (other, results[1], 0.5),
+            (first, results[2], 0.0),  # needed again after the others were written
         ]
         names = AddKernel.arg_names
         launches = [
@@ -96,6 +97,7 @@ def check(steps: Steps, source: torch.Tensor, other: torch.Tensor) -> list[torch
     found = steps(source, other)
     assert torch.equal(found[0], kept[0] + 1111)
     assert torch.equal(found[1], kept[1] + 0.5)
+    assert torch.equal(found[2], kept[0] + 1)
     assert torch.equal(source, kept[0]) and torch.equal(other, kept[1])
     return found
 
@@ -105,7 +107,7 @@ def test_replays_take_the_tensors_of_the_call(kernel):
     earlier = [check(steps, torch.randint(99, (5, 7)).float(), torch.randint(99, (5, 7)).float()) for _ in range(4)]
     assert steps.recorded == 1
     places = {tensor.data_ptr() for results in earlier for tensor in results}
-    assert len(places) == 8, "results of earlier calls are not written again"
+    assert len(places) == 12, "results of earlier calls are not written again"
 
 
 def test_one_tensor_twice_need_not_be_one_the_next_time(kernel):

@@ -230,4 +230,4 @@ def launch_order_launch(level_mask: Tensor, lists: ReadLists, lengths: Tensor) -
         "CHUNK": chunk,
     }
     parts = max(ceil_div(query_blocks, rows), ceil_div(kv_blocks, chunk))
-    return KernelLaunch(launch_order_kernel, (parts, batch * heads), arguments, num_warps=4)
+    return KernelLaunch(launch_order_kernel, (parts, batch * heads), arguments, num_warps=8)
