@@ -180,10 +180,23 @@ def test_videos_play_in_step_and_start_again_at_the_end(open_page):
     assert np.mean(in_step) > 0.9
     masters = [three[0] for three in seen]
     assert len(set(masters)) > 5 and any(after < before for before, after in pairwise(masters))
+    assert page.evaluate(f"{VIDEOS}.every(video => !video.paused)")
     page.get_by_role("button", name="Stop").click()
     still = times(page)
     page.wait_for_timeout(150)
     assert times(page) == still and max(still) - min(still) < 1e-3
+
+
+def test_a_video_that_falls_behind_is_brought_back(open_page):
+    page = open_page()
+    page.locator("#speed").select_option("0.5")
+    assert page.evaluate(f"{VIDEOS}.map(video => video.playbackRate)") == [0.5] * 3
+    page.evaluate("document.getElementById('sparse').playbackRate = 0.1")
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("document.getElementById('dense').currentTime > 3.5 / 8")
+    dense, sparse, _ = times(page)
+    assert abs(dense - sparse) < 1.5 / 8  # by itself it would be two frames and more behind
+    page.get_by_role("button", name="Stop").click()
 
 
 def test_keys_step_by_frames(open_page):
