@@ -172,6 +172,8 @@ def test_videos_play_in_step_and_start_again_at_the_end(open_page):
         "[...document.querySelectorAll('video')].every(video => video.paused)"
     )  # nothing moves unasked
     page.get_by_role("button", name="Play").click()
+    page.wait_for_timeout(50)
+    assert page.evaluate(f"{VIDEOS}.every(video => !video.paused)")
     seen = []
     for _ in range(40):
         page.wait_for_timeout(25)
@@ -180,7 +182,6 @@ def test_videos_play_in_step_and_start_again_at_the_end(open_page):
     assert np.mean(in_step) > 0.9
     masters = [three[0] for three in seen]
     assert len(set(masters)) > 5 and any(after < before for before, after in pairwise(masters))
-    assert page.evaluate(f"{VIDEOS}.every(video => !video.paused)")
     page.get_by_role("button", name="Stop").click()
     still = times(page)
     page.wait_for_timeout(150)
