@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,9 @@ class _Maker:
         clip, settings = work.clip, self.job.settings_of(work.clip, name)
         pipe = self.pipe
         steps = masked_steps(settings.steps, settings.config) if clip == self.job.clips[0] else ()
-        with capture_level_masks(pipe, steps=steps) as recorder:
+        with capture_level_masks(pipe, steps=steps) if steps else nullcontext() as recorder:
             run = generate(pipe, clip.prompt, settings, sparse=True, quiet=self.quiet, label=name)
-        masks = recorder.read()
+        masks = recorder.read() if recorder else []
         measures = measure_clip(reference, run.frames, self.job.lpips_weights)
         record = {
             **request_of(self.job, clip, name, work.key),

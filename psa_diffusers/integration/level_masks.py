@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..config import PSAConfig
@@ -55,7 +56,7 @@ class MaskRecorder:
             self._chosen = frozenset(spread(count, self._layers))
         if slot.layer in self._chosen:
             heads = spread(plan.level_mask.shape[1], self._heads)
-            masks = plan.level_mask[0, heads].clone()
+            masks = torch.stack([plan.level_mask[0, head] for head in heads])
             self._found[step.index, slot.layer] = (heads, plan.num_levels, masks)
 
     def read(self) -> list[LevelMask]:

@@ -232,6 +232,22 @@ def test_overwrite_makes_sparse_videos_anew_and_a_missing_video_is_made(small, c
     assert small().code == 0 and calls == []  # what is there needs no store
 
 
+def test_the_record_comes_last(small, calls, tmp_path, monkeypatch):
+    """Stopped between the sparse video and its heat-map: the next run makes both."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "difference_video", stop)
+        assert small().code == 130
+    folder = tmp_path / "out" / "videos" / "001-seed0"
+    assert {file.name for file in folder.iterdir()} == {"dense.mp4", "default.mp4"}
+    calls.clear()
+    assert small().code == 0 and [call[2] for call in calls] == ["default"]
+    assert (folder / "default.difference.mp4").is_file()
+
+
 def test_another_request_in_the_folder_is_refused(small, calls, tmp_path):
     assert small().code == 0
     before = stamps(tmp_path)
