@@ -8,7 +8,7 @@ between them Python lets only one thread run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,6 +113,9 @@ class _Call:
         pyramid = build_head_pyramid(
             key, value, self.layout, tables, self.scale, order=self.order, real=real, counted=counted
         )
+        if pyramid.row_shares is not None and self.plan.value_gain is not None:
+            gain = self.plan.value_gain[sample, head].to(pyramid.row_shares)
+            pyramid = replace(pyramid, row_shares=pyramid.row_shares * gain)
         reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
         query, out = self.query[sample, :, head], self.out[sample, :, head]
         lse = None if self.lse is None else self.lse[sample, head]
