@@ -80,5 +80,7 @@ def families() -> dict[str, dict[str, Policy]]:
             for name, shapes in WINDOWS.items()
         },
         "SVG2 (re-implemented)": {f"{q} x {k} clusters": svg2(q, k) for q, k in ((32, 64), (64, 128), (64, 256))},
-        "SVG-EAR (re-implemented)": {f"{q} x {k} clusters": svg_ear(q, k) for q, k in ((32, 64), (64, 64), (64, 128))},
+        "SVG-EAR (re-implemented)": {
+            f"{q} x {k} clusters": svg_ear(q, k) for q, k in ((32, 64), (64, 64), (64, 128), (128, 128))
+        },
     }
