@@ -264,7 +264,7 @@ class PSAConfig:
         Raises:
             ValueError: there is no preset of that name (the message lists those there are).
         """
-        path = _presets_folder() / f"{name}.yaml"
+        path = configs_folder() / f"{name}.yaml"
         if name not in cls.presets():
             raise ValueError(f"PSAConfig: no preset {name!r}; there are {', '.join(cls.presets())}.")
         return cls.from_dict(_read_mapping(path).get("config", {}))
@@ -272,7 +272,7 @@ class PSAConfig:
     @classmethod
     def presets(cls) -> dict[str, str]:
         """The presets' names, each with what it is and what it is based on."""
-        files = sorted(_presets_folder().glob("*.yaml"))
+        files = sorted(configs_folder().glob("*.yaml"))
         return {file.stem: str(_read_mapping(file).get("description", "")) for file in files}
 
 
@@ -285,10 +285,10 @@ def _file_format(path: Path) -> str:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     kind = _file_format(path)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if kind == "json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"PSAConfig: {path} is not valid {kind.upper()}: {error}") from error
     if values is None:
         return {}
@@ -297,7 +297,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _presets_folder() -> Path:
+def configs_folder() -> Path:
     """``configs/`` inside an installed package, else beside the package in a checkout."""
     package = Path(__file__).parent
     installed = package / "configs"

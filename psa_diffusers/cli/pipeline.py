@@ -45,9 +45,12 @@ class ModelSource:
         try:
             if path is None:
                 path = Path(_download(self.location, f"{component}/config.json"))
-            return json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _broken(self.name, f"{component}/config.json is missing or cannot be read", error) from error
+        if not isinstance(values, dict):
+            raise _broken(self.name, f"{component}/config.json holds no settings")
+        return values
 
     def defaults(self) -> dict[str, Any]:
         """How the model is meant to be run, where it says so itself."""
@@ -172,9 +175,12 @@ def size_rules(source: ModelSource) -> tuple[int, tuple[int, int]]:
     has_first = source.index.get("transformer", [None])[0] is not None
     patch = source.read_config("transformer" if has_first else "transformer_2").get("patch_size", (1, 2, 2))
     patch = patch if isinstance(patch, list | tuple) else (1, patch, patch)
-    frame_step, spatial = compression(vae)
-    # Pipelines ask for multiples of 16 whatever the model's own step is.
-    return frame_step, (math.lcm(16, spatial * patch[1]), math.lcm(16, spatial * patch[2]))
+    try:
+        frame_step, spatial = compression(vae)
+        # Pipelines ask for multiples of 16 whatever the model's own step is.
+        return frame_step, (math.lcm(16, spatial * patch[1]), math.lcm(16, spatial * patch[2]))
+    except (TypeError, IndexError, KeyError) as error:
+        raise _broken(source.name, "the config.json of its VAE or transformer names no sizes", error) from error
 
 
 def compression(vae: dict[str, Any]) -> tuple[int, int]:
@@ -218,7 +224,8 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        pipe.to(device)
+        with _quiet_loading():  # it warns of float16 on a CPU, which was tried out before
+            pipe.to(device)
     return pipe
 
 

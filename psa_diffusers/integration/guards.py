@@ -30,7 +30,7 @@ def run_warnings(statistics: PSAStatistics) -> dict[str, int]:
     """Each warning with how many steps or calls it is about; empty where nothing was found. Waits for a GPU."""
     found = {
         EARLY_STEPS: early_sparse_steps(statistics.steps),
-        COARSEST: coarse_calls([call.counts for call in statistics.calls]),
+        COARSEST: coarse_calls(statistics.level_counts()),
         PLANNING: slowly_planned_calls(statistics),
     }
     return {text: count for text, count in found.items() if count}

@@ -311,7 +311,7 @@ class PSAProcessor(SparseProcessor):
         slot.calls += 1
         if statistics.backend is None:
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
-        with statistics.timed("attention", query.device):
+        with statistics.timed("attention", query.device, after="planning"):
             output = operations.attend(query, key, value, config, plan, scale)
         statistics.count_sparse(plan, group, layer=slot.layer, branch=self._call.branch)
         return output
