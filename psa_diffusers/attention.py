@@ -70,7 +70,7 @@ def pyramid_sparse_attention(
         plan,
         scale=scale,
         logit_correction=config.logit_correction,
-        value_correction=config.value_correction or "none",  # None: the rule has no say in it
+        value_correction="covariance" if config.value_correction in ("covariance", "fitted") else "none",
         return_lse=return_lse,
     )
     return (out, lse) if return_lse else out

@@ -9,6 +9,7 @@ between them Python lets only one thread run.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,9 @@ class _Call:
         pyramid = build_head_pyramid(
             key, value, self.layout, memory.tables, self.scale, order=self.order, real=real, counted=counted
         )
+        if pyramid.row_shares is not None and self.plan.value_gain is not None:
+            gain = self.plan.value_gain[sample, head].to(pyramid.row_shares)
+            pyramid = replace(pyramid, row_shares=pyramid.row_shares * gain)
         size, length = self.plan.query_block_size, self.query.shape[1]
         order, reads = list_reads(self.plan.level_mask[sample, head], pyramid, self.layout, size, length)
         tokens = self._tokens_of(order)

@@ -25,6 +25,7 @@ class Plan:
         query_length, key_length: Tokens of the sequences that the plan was made for.
         query_block_size, kv_block_size, num_levels: As in :class:`PSAConfig`.
         key_lengths: int64 [batch] or None; raster positions from that one on are padding, which no one reads.
+        value_gain: float32 [batch, heads], how much of the value correction each head gets; None = all of it.
         notes: What the planner had to report, e.g. that the full tokens alone exceed the budget.
         planner, planner_reason: What made the plan, ``"torch"`` or ``"triton"``, and why that one. None for a plan that
             was made by hand.
@@ -38,6 +39,7 @@ class Plan:
     num_levels: int
     order: Tensor | None = None
     key_lengths: Tensor | None = None
+    value_gain: Tensor | None = None
     notes: tuple[str, ...] = ()
     planner: str | None = None
     planner_reason: str | None = None

@@ -71,10 +71,10 @@ def synthetic_cases(
     seeds: int = 1,
     device: str = "cpu",
 ) -> Iterator[Case]:
-    """Every content without and with rotary embedding. ``part`` is TUNING or REPORT, which have other seeds."""
+    """Every content without and with rotary embedding; for TUNING with it alone, of another seed."""
     for seed in [TUNING_SEED] if part == TUNING else range(seeds):
         for name, settings in CONTENTS.items():
-            for position in (None, POSITION):
+            for position in (POSITION,) if part == TUNING else (None, POSITION):
                 tensors = video_like_qkv(
                     1, grid, heads, head_dim, seed=seed, position=position, device=device, **settings
                 )
@@ -82,8 +82,8 @@ def synthetic_cases(
                 yield Case(label, "synthetic", *tensors, grid)
 
 
-def captured_cases(folder: Path, part: str, *, device: str = "cpu") -> Iterator[Case]:
-    """What ``capture.py`` wrote: the first prompt is for tuning, the others are for reporting.
+def captured_cases(folder: Path, part: str, *, every: int = 1, device: str = "cpu") -> Iterator[Case]:
+    """What ``capture.py`` wrote: the first prompt is for tuning, the others are for reporting; one call in ``every``.
 
     Raises:
         FileNotFoundError: there are no captures.
@@ -92,13 +92,17 @@ def captured_cases(folder: Path, part: str, *, device: str = "cpu") -> Iterator[
     if len(files) < 2:
         raise FileNotFoundError(f"{folder} holds {len(files)} captured prompts, but 2 are needed: run capture.py.")
     for file in files[:1] if part == TUNING else files[1:]:
-        for call in torch.load(file, map_location=device):
+        for call in torch.load(file, map_location=device)[every - 1 :: every]:
             tensors = (call[name].float() for name in ("query", "key", "value"))
             label = f"{file.stem}, step {call['step']}, layer {call['layer']}"
             yield Case(label, "captured", *tensors, tuple(call["grid"]))
 
 
-def all_cases(part: str, captures: Path | None, *, device: str = "cpu", **synthetic: object) -> Iterator[Case]:
-    yield from synthetic_cases(part, device=device, **synthetic)
+def all_cases(
+    part: str, captures: Path | None, *, every: int = 1, device: str = "cpu", **synthetic: object
+) -> Iterator[Case]:
+    """All there are, or with ``seeds=0`` the captured ones alone."""
+    if synthetic.get("seeds", 1):
+        yield from synthetic_cases(part, device=device, **synthetic)
     if captures is not None:
-        yield from captured_cases(captures, part, device=device)
+        yield from captured_cases(captures, part, every=every, device=device)

@@ -1,6 +1,6 @@
 """All policies at equal compute on cases that none was tuned on: errors, ranks, a curve against the budget.
 
-    python scripts/laboratory/compare.py --captures runs/captures
+    python scripts/laboratory/compare.py --captures runs/captures --every 3
 
 Takes tuning.json from the output folder. Writes policies.csv (a row a case, budget and policy), policies_summary.csv
 (means over cases, ranks) and policies.png.
@@ -14,7 +14,7 @@ from typing import Any
 
 from block_policies import Policy, Result, oracle
 from cases import REPORT, Case, all_cases
-from harness import common_arguments, geometric_mean, mean, measure, pick, save_figure, synthetic_settings, write_rows
+from harness import case_settings, common_arguments, geometric_mean, mean, measure, pick, save_figure, write_rows
 from policies import OURS, PUBLISHED, families, published
 
 ORACLE = "oracle (exact errors)"
@@ -90,7 +90,7 @@ def main() -> None:
     parser = common_arguments(__doc__)
     arguments = parser.parse_args()
     policies = {**tuned(arguments.output / "tuning.json"), **published(), ORACLE: oracle()}
-    cases = all_cases(REPORT, arguments.captures, **synthetic_settings(arguments))
+    cases = all_cases(REPORT, arguments.captures, **case_settings(arguments))
     rows = list(measure(cases, policies, arguments.budgets))
     write_rows(arguments.output / "policies.csv", rows)
     table = summarise(rows)

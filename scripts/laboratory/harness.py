@@ -98,12 +98,13 @@ def common_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1, help="Of the synthetic cases.")
+    parser.add_argument("--every", type=int, default=1, help="Of the captured calls take every so many.")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="Folder for the CSV file and the plot.")
     return parser
 
 
-def synthetic_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("heads", "head_dim", "seeds", "device")
+def case_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("heads", "head_dim", "seeds", "device", "every")
     return {"grid": tuple(arguments.grid), **{name: getattr(arguments, name) for name in names}}

@@ -10,7 +10,7 @@ from static_policies import radial, sliding_tiles, svg
 
 from psa_diffusers import PSAConfig
 
-OURS = "budget rule (ours)"
+DEFAULT, OURS = "budget rule (ours, default)", "budget rule (ours, tuned)"
 PUBLISHED = (*PRESETS, "PSA threshold")  # as published, nothing tuned
 
 BINARY = (1.0, 0.0, 0.0, 0.0)
@@ -45,9 +45,14 @@ def published() -> dict[str, Policy]:
 def families() -> dict[str, dict[str, Policy]]:
     """What is tuned: for each family its variants."""
     return {
+        DEFAULT: {"default": budget_rule()},
         OURS: {
             "default": budget_rule(),
             "logit_correction=variance": budget_rule(PSAConfig(logit_correction="variance")),
+            "value_correction=fitted": budget_rule(PSAConfig(value_correction="fitted")),
+            "fitted, logit_correction=variance": budget_rule(
+                PSAConfig(value_correction="fitted", logit_correction="variance")
+            ),
             "value_correction=none": budget_rule(PSAConfig(value_correction="none")),
         },
         "binary, top-k": {name: quantiles(BINARY, config) for name, config in ORDERED.items()},
@@ -74,10 +79,8 @@ def families() -> dict[str, dict[str, Policy]]:
             for tile in ((4, 4, 4), (2, 4, 8))
             for name, shapes in WINDOWS.items()
         },
-        "SVG2 (re-implemented)": {
-            f"{q} x {k} clusters": svg2(q, k) for q, k in ((16, 64), (32, 64), (32, 128), (64, 128), (64, 256))
-        },
+        "SVG2 (re-implemented)": {f"{q} x {k} clusters": svg2(q, k) for q, k in ((32, 64), (64, 128), (64, 256))},
         "SVG-EAR (re-implemented)": {
-            f"{q} x {k} clusters": svg_ear(q, k) for q, k in ((32, 32), (32, 64), (64, 64), (64, 128), (128, 128))
+            f"{q} x {k} clusters": svg_ear(q, k) for q, k in ((32, 64), (64, 64), (64, 128), (128, 128))
         },
     }

@@ -2,7 +2,7 @@
 
 Their kernels take pairs of tokens or tiles; here a mask is what the budget keeps of the block pairs of least distance,
 so that all meet any budget. Where a head may choose between masks, it takes the one with the least error on a sample
-of queries against dense attention, as SVG does; sliding tiles get the same chance, instead of a search beforehand.
+of queries against dense attention, as SVG does; sliding tiles get the same chance, in place of a search beforehand.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tune every policy on the tuning set: of a family's variants, the one of least mean error, for each source of cases.
 
-    python scripts/laboratory/tune.py --captures runs/captures
+    python scripts/laboratory/tune.py --captures runs/captures --every 3 --budgets 0.1
 
 The tuning set is synthetic seed 100 and the first captured prompt; ``compare.py`` reports on others. Writes tuning.csv
 (a row a variant, source and budget, means over cases) and tuning.json (family -> source -> budget -> variant).
@@ -11,20 +11,16 @@ from __future__ import annotations
 import json
 
 from cases import TUNING, all_cases
-from harness import common_arguments, geometric_mean, mean, measure, pick, synthetic_settings, write_rows
+from harness import case_settings, common_arguments, geometric_mean, mean, measure, pick, write_rows
 from policies import families
 
 
 def main() -> None:
     parser = common_arguments(__doc__)
     arguments = parser.parse_args()
-    settings = synthetic_settings(arguments)
+    settings = case_settings(arguments)
     variants = {(family, name): policy for family, group in families().items() for name, policy in group.items()}
-    cases = list(all_cases(TUNING, arguments.captures, **settings))
-    if arguments.captures is not None:  # of the captured calls every second: layers and steps alternate
-        cases = [case for case in cases if case.source == "synthetic"] + [
-            case for case in cases if case.source == "captured"
-        ][::2]
+    cases = all_cases(TUNING, arguments.captures, **settings)
     rows = list(measure(cases, variants, arguments.budgets))
     table, chosen = [], {}
     for (family, name), source, budget in sorted({(row["policy"], row["source"], row["budget"]) for row in rows}):

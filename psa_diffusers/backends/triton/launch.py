@@ -192,6 +192,8 @@ def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
         return obstacle
     if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
         return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
+    if plan is not None and plan.value_gain is not None:
+        return "they have no value gain a head (value_correction='fitted')"
     return None
 
 
