@@ -53,9 +53,10 @@ def attend_triton(
         Output like ``query`` (contiguous), and lse float32 [batch, heads, query_length] (natural logarithm) or None. A
         query with nothing to read gets output 0 and lse -inf.
 
-    Besides inputs and output this takes 1.89 times the memory of K and V for the pyramid (4 levels, kv blocks of 64;
-    2.84 times that of K and V with the variance), until it returns; a quarter of that for long videos, whose heads are
-    computed in groups. Nothing here waits for the device.
+    Besides inputs and output this takes, until it returns, the memory of the pyramid, 1.89 times that of K and V (4
+    levels, kv blocks of 64; 2.84 times with the variance), or a third or a quarter of it for long videos, whose heads
+    are computed in groups; and of the value correction's sums, about 35 MB at head dim 128. A shape's first call
+    prepares the next ones, and takes some more. Nothing here waits for the device.
 
     Raises:
         ValueError: the device, dtype, head_dim or block sizes are not supported; the message says which.
