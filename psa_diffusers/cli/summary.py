@@ -33,7 +33,8 @@ def _run_table(record: dict[str, Any]) -> Table:
         seconds = _number(record[f"seconds_per_{kind}_step"], 2)
         table.add_row(f"{kind} steps", str(record[f"{kind}_steps"]), seconds)
     table.caption = f"compute budget {_number(record['compute_budget_sparse_calls'], 3)} over the sparse calls, "
-    table.caption += f"{_number(record['compute_budget_all_calls'], 3)} over all; {record['backend']} backend"
+    table.caption += f"{_number(record['compute_budget_all_calls'], 3)} over all; "
+    table.caption += f"{record['backend']} backend" if record["backend"] else "nothing was sparse"
     return table
 
 
