@@ -13,7 +13,7 @@ from psa_diffusers.integration.level_masks import spread
 from .tiny_wan import generate, pipeline
 
 LARGE = {"height": 64, "width": 96, "num_frames": 17}
-CONFIG = PSAConfig(dense_warmup=0.25, compute_budget=0.4)
+CONFIG = PSAConfig(query_block_size=16, kv_block_size=16, dense_warmup=0.25, compute_budget=0.4)
 
 
 def test_masks_are_those_of_the_plans_and_the_run_is_unchanged():
@@ -42,6 +42,8 @@ def test_masks_are_those_of_the_plans_and_the_run_is_unchanged():
     first = plans[0].level_mask[0].numpy()
     assert all(np.array_equal(mask.levels, first[mask.head]) for mask in masks[:heads])
     assert masks[0].num_levels == CONFIG.num_levels
+    # Of the two calls with guidance the first is kept, and they differ.
+    assert not torch.equal(plans[0].level_mask, plans[layers].level_mask)
 
 
 def test_a_few_layers_and_heads_evenly_spread():
