@@ -18,6 +18,7 @@ except ImportError:  # Python 3.10; pytest brings tomli there
 
 from psa_diffusers import PSAConfig, demo
 from psa_diffusers.cli.errors import run_command
+from psa_diffusers.integration.forecast import expected_budget
 
 from .cli.tiny_wan import save_model
 
@@ -188,6 +189,8 @@ def test_ci_runs_the_same_tests():
 def test_the_presets_of_the_table_are_those_there_are():
     rows = re.findall(r"^\| `([\w-]+)` \|", README, flags=re.MULTILINE)
     assert set(rows) == set(PSAConfig.presets())
+    for name, budget in re.findall(r"^\| `([\w-]+)` \|(?:[^|]*\|)?? (0\.\d+) \|", README, flags=re.MULTILINE):
+        assert expected_budget(PSAConfig.preset(name)) == pytest.approx(float(budget)), name
 
 
 def test_the_versions_of_the_table_are_those_of_the_package():

@@ -17,6 +17,8 @@ def show(record: dict[str, Any]) -> None:
         console.print(f"Stayed dense in {fallback['calls']} calls: {fallback['reason']}", soft_wrap=True, markup=False)
     for note in record["notes"]:
         console.print(note, soft_wrap=True, markup=False)
+    for warning, count in record["warnings"].items():
+        console.print(f"Warning: {count} {warning}", soft_wrap=True, markup=False)
     files = ", ".join(record["files"].values())
     console.print(f"{Path(record['folder'])}: {files}, run.json", soft_wrap=True, markup=False, highlight=False)
 
