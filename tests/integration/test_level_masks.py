@@ -39,7 +39,7 @@ def test_masks_are_those_of_the_plans_and_the_run_is_unchanged():
     assert [(mask.step, mask.layer, mask.head) for mask in masks] == [
         (step, layer, head) for step in (1, 3) for layer in range(layers) for head in range(heads)
     ]
-    # With guidance every layer has two calls a step, which see another text from the second layer on: the first is kept.
+    # With guidance a layer has two calls a step, which differ from the second layer on: the first is kept.
     first, second = (plans[place].level_mask[0].numpy() for place in (layers - 1, 2 * layers - 1))
     assert not np.array_equal(first, second)
     kept = masks[(layers - 1) * heads : layers * heads]
