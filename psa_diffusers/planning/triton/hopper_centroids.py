@@ -68,9 +68,10 @@ def _biased(products, tile, count_bias, tiles, regular_tiles, kv_blocks, factor,
     """Adds what a tile's blocks weigh less than whole ones, tile ``tiles`` being the first again."""
     tile = gl.where(tile >= tiles, tile - tiles, tile)
     if tile >= regular_tiles:
-        block = tile * products.shape[1] + gl.arange(0, products.shape[1], gl.SliceLayout(0, products.type.layout))
+        block = tile * products.shape[1] + gl.arange(0, products.shape[1], gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         bias = gl.load(count_bias + block, mask=block < kv_blocks, other=float("-inf"))
-        products += ((bias - LOG_KV_BLOCK) * (1.0 / factor))[None, :]
+        bias = (bias - LOG_KV_BLOCK) * (1.0 / factor)
+        products += gl.convert_layout(bias, gl.SliceLayout(0, products.type.layout))[None, :]
     return products
 
 

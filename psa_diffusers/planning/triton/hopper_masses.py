@@ -36,10 +36,11 @@ def _half_masses(products, sample_bias, half, regular_halves, kv_blocks, running
     ROWS: gl.constexpr = products.shape[0]
     SAMPLES: gl.constexpr = products.shape[1] // 8
     if half >= regular_halves:
-        column = gl.arange(0, 8 * SAMPLES, gl.SliceLayout(0, products.type.layout))
+        # Loaded once and handed round: where each thread needs them, the addresses alone would take many registers.
+        column = gl.arange(0, 8 * SAMPLES, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         block = half // 2 * 16 + column % 8 * 2 + half % 2
         bias = gl.load(sample_bias + column // 8 * kv_blocks + block, mask=block < kv_blocks, other=float("-inf"))
-        products += (bias * (1.0 / factor))[None, :]
+        products += gl.convert_layout(bias * (1.0 / factor), gl.SliceLayout(0, products.type.layout))[None, :]
     largest = gl.maximum(running_max, gl.max(products, 1) * factor)
     reference = gl.where(largest == float("-inf"), 0.0, largest)
     weights = gl.exp2(products * factor - reference[:, None])

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import INTERPRETED, padded_head_dim
+from . import hopper
 from .samples import log_of_sum, sampled_rows
 from .statistics import Statistics
 from .tiles import masses_tile, precision_of
@@ -209,14 +210,18 @@ class MassesLayout:
     tiles: int
     num_warps: int
     num_stages: int
+    is_hopper: bool = False  # made by :mod:`.hopper_masses`
 
 
-def masses_layout(query: Tensor, query_blocks: int, samples: int, statistics: Statistics, target: str) -> MassesLayout:
+def masses_layout(
+    query: Tensor, query_blocks: int, samples: int, statistics: Statistics, *, scale: float, target: str
+) -> MassesLayout:
     """For queries [batch, query_length, heads, head_dim] of so many blocks, ``samples`` of each."""
-    tile = masses_tile(target, query.shape[3], query.dtype)
+    key_samples = next_power_of_2(statistics.samples.shape[2])
+    is_hopper = hopper.fits_hopper(query, scale, target) and statistics.samples.shape[2] == hopper.KEY_SAMPLES
+    tile = hopper.masses_tile() if is_hopper else masses_tile(target, query.shape[3], query.dtype)
     padded = next_power_of_2(samples)
     block_m = max(tile.block_m, padded)
-    key_samples = next_power_of_2(statistics.samples.shape[2])
     blocks_n = max(1, tile.block_n // key_samples)
     return MassesLayout(
         padded=padded,
@@ -227,6 +232,7 @@ def masses_layout(query: Tensor, query_blocks: int, samples: int, statistics: St
         tiles=ceil_div(statistics.counts.shape[1], blocks_n),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        is_hopper=is_hopper,
     )
 
 
@@ -297,15 +303,20 @@ def masses_launch(
         "width": masses.mass.shape[1],
         "tiles": layout.tiles,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
         "TABLE": positions.shape[1],
         "QUERY_SAMPLES": samples,
         "PADDED": layout.padded,
         "SAMPLES": statistics.samples.shape[2],
         "BLOCK_M": layout.block_m,
+    }
+    grid = (layout.rows // layout.block_m, len(heads), query.shape[0])
+    if layout.is_hopper:
+        arguments["STAGES"] = layout.num_stages
+        return KernelLaunch(hopper.hopper_masses_kernel, grid, arguments, layout.num_warps)
+    arguments |= {
+        "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_N": layout.block_n,
         "BLOCKS_N": layout.blocks_n,
         "PRECISION": precision_of(target, query.dtype),
     }
-    grid = (layout.rows // layout.block_m, len(heads), query.shape[0])
     return KernelLaunch(masses_kernel, grid, arguments, layout.num_warps, layout.num_stages)

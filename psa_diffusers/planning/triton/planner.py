@@ -174,10 +174,11 @@ def estimate_launches(
         estimates.features,
         scale=scale,
         kv_block_size=config.kv_block_size,
+        full_blocks=full_blocks,
         target=target,
     )
     samples = min(config.sampled_queries, config.query_block_size)
-    cut = masses_layout(query, len(positions), samples, statistics, target)
+    cut = masses_layout(query, len(positions), samples, statistics, scale=scale, target=target)
     heads = query.shape[2]
     key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
     step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))

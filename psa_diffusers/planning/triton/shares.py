@@ -49,7 +49,7 @@ def _sums(
     tiles,
     PADDED: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCKS_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_N: tl.constexpr,
     RUN: tl.constexpr,
@@ -60,8 +60,8 @@ def _sums(
     there has an infinite denominator and counts as 0.
     """
     RUNS: tl.constexpr = BLOCK_N // RUN
-    share = tl.zeros([BLOCKS_M, RUNS, RUN], tl.float32)
-    energy = tl.zeros([BLOCKS_M, RUNS, RUN], tl.float32)
+    share = tl.zeros([BLOCK_M, RUNS, RUN], tl.float32)
+    energy = tl.zeros([BLOCK_M, RUNS, RUN], tl.float32)
     run = start + tl.arange(0, RUNS) * RUN
     block = run[:, None] + tl.arange(0, RUN)[None, :]
     mask = is_block[:, None, None] & (run < kv_blocks)[None, :, None]
@@ -76,7 +76,7 @@ def _sums(
             mass = mass.to(tl.float32) * factor[:, :, None]
             share += mass
             energy += mass * mass
-    return tl.reshape(share, (BLOCKS_M, BLOCK_N)), tl.reshape(energy, (BLOCKS_M, BLOCK_N))
+    return tl.reshape(share, (BLOCK_M, BLOCK_N)), tl.reshape(energy, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
@@ -103,21 +103,21 @@ def shares_kernel(
     QUERY_SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCKS_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_N: tl.constexpr,
     RUN: tl.constexpr,
     SHRINKAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCKS_M query blocks of one head, against all kv blocks.
+    """One program: BLOCK_M query blocks of one head, against all kv blocks.
 
     ``attention`` holds the second estimate of the energy on entry, and attention^2 as the errors need it on return.
     """
     head = (first_head + tl.program_id(1)).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
-    query_block = tl.program_id(0) * BLOCKS_M + tl.arange(0, BLOCKS_M)
+    query_block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_block = query_block < query_blocks
     per_sample = 1.0 / tl.maximum(
         _real_samples(positions, query_block, query_blocks, TABLE, QUERY_SAMPLES, PADDED), 1.0
@@ -126,7 +126,7 @@ def shares_kernel(
     first_row = (batch * heads_here + tl.program_id(1)) * rows_of_head + query_block * PADDED
     value_mean += (batch * heads + head) * kv_blocks * HEAD_DIM
 
-    mean_output = tl.zeros([BLOCKS_M, BLOCK_D], tl.float32)
+    mean_output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, kv_blocks, BLOCK_N):
         share, energy = _sums(
             masses,
@@ -140,7 +140,7 @@ def shares_kernel(
             tiles,
             PADDED,
             STEP,
-            BLOCKS_M,
+            BLOCK_M,
             BLOCK_N,
             BLOCKS_N,
             RUN,
@@ -214,7 +214,7 @@ def shares_launch(
         "QUERY_SAMPLES": samples,
         "PADDED": layout.padded,
         "STEP": min(layout.padded, 16),
-        "BLOCKS_M": tile.block_m,
+        "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCKS_N": layout.blocks_n,
         "RUN": RUN,
