@@ -1,7 +1,7 @@
 """The ``budget`` rule's planner as fused GPU kernels (Triton 3.4 and newer); on CPUs under ``TRITON_INTERPRET=1``.
 
-One file a stage: :mod:`.statistics` (blocks of keys and values), :mod:`.centroids` and :mod:`.sampled` (two estimates
-of attention^2), :mod:`.prices` (errors, and what it is worth to lessen them), :mod:`.spending` (levels); run by
+One file a stage: :mod:`.statistics` (blocks of keys and values), :mod:`.centroids` and :mod:`.masses`, :mod:`.shares`
+(two estimates of attention^2; for Hopper :mod:`.hopper_centroids` and :mod:`.hopper_masses`), :mod:`.prices` (errors, and what it is worth to lessen them), :mod:`.spending` (levels); run by
 :mod:`.planner`. What they compute is defined by the torch code one folder up.
 """
 

@@ -188,8 +188,11 @@ def centroid_launch(
     query_blocks, samples = positions.shape
     kv_blocks = energy.shape[3]
     padded = next_power_of_2(samples)
-    is_hopper = hopper.fits_hopper(query, scale, target) and padded == hopper.QUERY_SAMPLES
-    tile = hopper.centroid_tile() if is_hopper else centroid_tile(target, head_dim, query.dtype)
+    tile = hopper.centroid_tile()
+    is_hopper = padded == hopper.QUERY_SAMPLES
+    is_hopper = is_hopper and hopper.fits_hopper(query, query_blocks * padded, tile.block_m, scale, target)
+    if not is_hopper:
+        tile = centroid_tile(target, head_dim, query.dtype)
     block_m = max(tile.block_m, padded)
     arguments = {
         "query": query,

@@ -13,6 +13,8 @@ ENABLED = os.environ.get("PSA_HOPPER_KERNEL", "1") != "0"  # "0" leaves Hopper t
 HEAD_DIMS = (64, 128)
 KEY_SAMPLES = 8  # of a kv block, that the masses' kernel takes
 QUERY_SAMPLES = 32  # of a query block, with empty rows, that the centroids' kernel takes
+# Fewer programs, some 8 a processor, leave the kernels for all GPUs: they are measured to be slower on large grids alone.
+MIN_PROGRAMS = 1024
 
 try:
     from .hopper_centroids import hopper_centroids_kernel
@@ -21,9 +23,14 @@ except Exception:  # Gluon is experimental: a release may lack it, or name thing
     hopper_centroids_kernel = hopper_masses_kernel = None
 
 
-def fits_hopper(query: Tensor, scale: float, target: str) -> bool:
-    """Whether these kernels can read queries [batch, seq, heads, head_dim], 16 bytes at a time."""
+def fits_hopper(query: Tensor, sampled: int, block_m: int, scale: float, target: str) -> bool:
+    """Whether these kernels can read queries [batch, seq, heads, head_dim], 16 bytes at a time, and are worth it.
+
+    ``sampled``: rows of a head, of which a program takes ``block_m``.
+    """
     if target != "sm_90" or not ENABLED or hopper_masses_kernel is None:
+        return False
+    if query.shape[0] * query.shape[2] * sampled < MIN_PROGRAMS * block_m:
         return False
     is_half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] in HEAD_DIMS
     *others, last = query.stride()
@@ -32,10 +39,10 @@ def fits_hopper(query: Tensor, scale: float, target: str) -> bool:
 
 
 def masses_tile() -> Tile:
-    """Sampled queries x sampled keys; stages are of half as many keys."""
-    return Tile(256, 128, 8, 4)
+    """Sampled queries x sampled keys, so that two programs fit a processor; stages are of half as many keys."""
+    return Tile(128, 128, 4, 4)
 
 
 def centroid_tile() -> Tile:
-    """Sampled queries x kv blocks: as many as registers and shared memory take."""
+    """Sampled queries x kv blocks, as many as registers and shared memory take; 32 queries a warp."""
     return Tile(256, 64, 8, 3)

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_rows import arrived, copy_queries, copy_rows, later, rows_layout
+from .hopper_rows import arrived, copy_queries, copy_rows, later, rows_layout, settled
 
 # A program has a query block a warp, of 32 sampled queries: row r is sample 16 * (r // HALF) + r % 16 of its block
 # r % HALF // 16, where HALF is half the rows. That is how a warp gets its share of the matrix units' result, so that
@@ -76,14 +76,21 @@ def _biased(products, tile, count_bias, tiles, regular_tiles, kv_blocks, factor,
 
 
 @gluon.jit
-def _store_energy(energy, squared_mass, per_sample, tile, first_block, query_blocks, kv_blocks):
-    """Writes the means over a block's samples of squared masses [ROWS, BN]."""
+def _lane_sums(squared_mass):
+    """Sums of squared masses [ROWS, BN] over the samples of a block that one thread has, [blocks, 8, BN]."""
     ROWS: gl.constexpr = squared_mass.shape[0]
-    BLOCK_N: gl.constexpr = squared_mass.shape[1]
-    parts = gl.reshape(squared_mass, (2, ROWS // 32, 16, BLOCK_N))
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_N // 32], [1, 32], [ROWS // 32, 1], [1, 0])
-    total = gl.convert_layout(gl.sum(gl.sum(parts, 0), 1), LAYOUT)
-    block = gl.arange(0, ROWS // 32, gl.SliceLayout(1, LAYOUT))
+    parts = gl.reshape(squared_mass, (2, ROWS // 32, 2, 8, squared_mass.shape[1]))
+    return gl.sum(gl.sum(parts, 0), 1)
+
+
+@gluon.jit
+def _store_energy(energy, lane_sums, per_sample, tile, first_block, query_blocks, kv_blocks):
+    """Writes the means over a block's samples of squared masses."""
+    BLOCKS: gl.constexpr = lane_sums.shape[0]
+    BLOCK_N: gl.constexpr = lane_sums.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_N // 32], [1, 32], [BLOCKS, 1], [1, 0])
+    total = gl.convert_layout(gl.sum(lane_sums, 1), LAYOUT)
+    block = gl.arange(0, BLOCKS, gl.SliceLayout(1, LAYOUT))
     column = tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     mask = (first_block + block < query_blocks)[:, None] & (column < kv_blocks)[None, :]
     gl.store(energy + (block * kv_blocks)[:, None] + column[None, :], total * per_sample[:, None], mask=mask)
@@ -175,12 +182,12 @@ def hopper_centroids_kernel(
         arrived(STAGES - 2)  # the next tile; and all warps are done with this one's rows
         pending = _half_variance(squares.index(later(tile)), spreads, slot, blank)
         _copy_tile(means, spreads, tile + STAGES, tiles, key_mean, key_spread, kv_blocks, STAGES)
-        largest = gl.maximum(running_max, gl.max(products, 1) * factor)
+        largest = settled(gl.maximum(running_max, gl.max(products, 1) * factor), 4)
         reference = gl.where(largest == float("-inf"), 0.0, largest)  # rows that have met no key yet
         variance = warpgroup_mma_wait(0, [pending])
         pending = _add_means(rows.index(later(tile)), means, slot, gl.minimum(variance, most))
         total = gl.sum(gl.exp2(products * factor - reference[:, None]), 1)
-        running_sum = running_sum * gl.exp2(running_max - reference) + total
+        running_sum = settled(running_sum * gl.exp2(running_max - reference) + total, 4)
         running_max = largest
         products = _biased(warpgroup_mma_wait(0, [pending]), tile + 1, *weights)
 
@@ -198,9 +205,9 @@ def hopper_centroids_kernel(
         arrived(STAGES - 2)
         pending = _half_variance(squares.index(later(tile)), spreads, slot, blank)
         _copy_tile(means, spreads, number + STAGES, tiles, key_mean, key_spread, kv_blocks, STAGES)
-        squared_mass = gl.exp2(products * (2.0 * factor) - denominator[:, None])
+        lane_sums = settled(_lane_sums(gl.exp2(products * (2.0 * factor) - denominator[:, None])), 16)
         variance = warpgroup_mma_wait(0, [pending])
         pending = _add_means(rows.index(later(tile)), means, slot, gl.minimum(variance, most))
-        _store_energy(energy, squared_mass, per_sample, tile, first_block, query_blocks, kv_blocks)
+        _store_energy(energy, lane_sums, per_sample, tile, first_block, query_blocks, kv_blocks)
         products = _biased(warpgroup_mma_wait(0, [pending]), tile + 1, *weights)
     async_copy.wait_group(0)

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_rows import arrived, copy_queries, copy_rows, later, rows_layout
+from .hopper_rows import arrived, copy_queries, copy_rows, later, rows_layout, settled
 
 # A tile of 16 kv blocks is multiplied in two halves, its even and its odd blocks. Row r of a half holds sample r // 8 of
 # the half's block r % 8: so a thread of the matrix units' result holds all samples of its blocks, and blocks that lie
@@ -146,6 +146,7 @@ def hopper_masses_kernel(
                 even = mass
             else:
                 _store_tile(masses, maxima, _rescaled(even, rescale), mass, reference, tile, width, tiles)
+            running_sum = settled(running_sum, 8)
             products = warpgroup_mma_wait(0, [pending])
     async_copy.wait_group(0)
 

@@ -23,6 +23,32 @@ def later(number):
     return number >> 30
 
 
+@gluon.constexpr_function
+def _assembly(count):
+    """Adds up ``count`` numbers and sleeps if the sum is a NaN that no arithmetic makes; gives the numbers as they are."""
+    moves = "".join(f"mov.f32 ${number}, ${count + number}; " for number in range(count))
+    adds = "".join(f"add.f32 total, total, ${count + number}; " for number in range(1, count))
+    check = "mov.b32 bits, total; setp.eq.s32 never, bits, 0x7f812345; @never nanosleep.u32 1; "
+    names = ".reg .f32 total; .reg .b32 bits; .reg .pred never; "
+    return "{ " + names + f"mov.f32 total, ${count}; " + adds + check + moves + "}"
+
+
+@gluon.constexpr_function
+def _constraints(count):
+    return ",".join(["=f"] * count + ["f"] * count)
+
+
+@gluon.jit
+def settled(numbers, COUNT: gl.constexpr):
+    """``numbers``, of which a thread has a multiple of COUNT, computed before all that follows.
+
+    The assembler would otherwise wait for matrix units first, and do afterwards what should run in the meantime.
+    """
+    return gl.inline_asm_elementwise(
+        _assembly(COUNT), _constraints(COUNT), [numbers], dtype=gl.float32, is_pure=False, pack=COUNT
+    )
+
+
 @gluon.jit
 def arrived(PENDING: gl.constexpr):
     """Waits until but PENDING groups of copies have arrived, for all warps; matrix units may read what arrived."""

@@ -218,9 +218,12 @@ def masses_layout(
 ) -> MassesLayout:
     """For queries [batch, query_length, heads, head_dim] of so many blocks, ``samples`` of each."""
     key_samples = next_power_of_2(statistics.samples.shape[2])
-    is_hopper = hopper.fits_hopper(query, scale, target) and statistics.samples.shape[2] == hopper.KEY_SAMPLES
-    tile = hopper.masses_tile() if is_hopper else masses_tile(target, query.shape[3], query.dtype)
     padded = next_power_of_2(samples)
+    tile = hopper.masses_tile()
+    is_hopper = statistics.samples.shape[2] == hopper.KEY_SAMPLES
+    is_hopper = is_hopper and hopper.fits_hopper(query, query_blocks * padded, tile.block_m, scale, target)
+    if not is_hopper:
+        tile = masses_tile(target, query.shape[3], query.dtype)
     block_m = max(tile.block_m, padded)
     blocks_n = max(1, tile.block_n // key_samples)
     return MassesLayout(

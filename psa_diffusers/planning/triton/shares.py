@@ -18,6 +18,7 @@ from .statistics import Statistics
 from .tiles import precision_of, shares_tile
 
 RUN = 8  # kv blocks whose masses one thread reads at a time
+SAMPLES_AT_A_TIME = 8  # whose masses are under way together: as many as registers hold for two programs a processor
 
 
 @triton.jit
@@ -213,7 +214,7 @@ def shares_launch(
         "TABLE": positions.shape[1],
         "QUERY_SAMPLES": samples,
         "PADDED": layout.padded,
-        "STEP": min(layout.padded, 16),
+        "STEP": min(layout.padded, SAMPLES_AT_A_TIME),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCKS_N": layout.blocks_n,
