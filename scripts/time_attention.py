@@ -28,7 +28,7 @@ from time_planning import GRIDS, HEAD_DIM, make_inputs
 from psa_diffusers import PSAConfig
 from psa_diffusers.backends.triton import attend_triton, hopper
 from psa_diffusers.backends.triton.attention import attention_launch
-from psa_diffusers.backends.triton.covariance import blocks_read_by_all, build_covariance
+from psa_diffusers.backends.triton.covariance import build_covariance
 from psa_diffusers.backends.triton.layout import PyramidLayout
 from psa_diffusers.backends.triton.pyramid import build_pyramid
 from psa_diffusers.backends.triton.read_lists import read_lists
@@ -91,7 +91,8 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
     def build() -> object:
         return build_pyramid(key, value, layout, order=plan.order, with_centroid_bias=True)
 
-    pyramid, lists, counted = build(), read_lists(plan, query.device), blocks_read_by_all(plan, query.device)
+    pyramid, lists = build(), read_lists(plan, query.device)
+    counted = lists.read_by_all
     covariance = build_covariance(pyramid, layout, counted)
     named = {"query_block_size": plan.query_block_size, "order": plan.order, "scale": scale}
     tensors = (query, torch.empty_like(query), None, pyramid, lists)

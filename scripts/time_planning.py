@@ -101,7 +101,7 @@ def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, gr
     launches += planner.choice_launches(config, layout, made, estimates, choices, is_padded=False, target=target)
     lists, lengths = empty_read_lists(choices.levels, config.num_levels)
     launches.append(read_lists_launch(choices.levels, lists, lengths, config.kv_block_size))
-    launches.append(launch_order_launch(lengths, lists, choices.levels.shape[2]))
+    launches.append(launch_order_launch(choices.levels, lists, lengths))
     by_kernel: dict[str, list] = {}
     for launch in launches:
         launch.run()

@@ -18,6 +18,7 @@ except ImportError:  # Python 3.10; pytest brings tomli there
 
 from psa_diffusers import PSAConfig, demo
 from psa_diffusers.cli.errors import run_command
+from psa_diffusers.integration.forecast import expected_budget
 
 from .cli.tiny_wan import save_model
 
@@ -70,6 +71,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "pip",
         "python",
         "psa-generate",
+        "psa-compare",
         "psa-bench",
         "psa-doctor",
         "accelerate",
@@ -111,6 +113,19 @@ def test_psa_generate(command, tiny, tmp_path, capsys, monkeypatch):
         folder = tmp_path / command[command.index("--output") + 1]
         expected = {"video.mp4", "run.json"} | ({"dense.mp4", "side_by_side.mp4"} if "--compare" in command else set())
         assert {file.name for file in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("command", commands_of("psa-compare"), ids=named)
+def test_psa_compare(command, tiny, tmp_path, capsys, monkeypatch):
+    """With a small model, one prompt, fewer and smaller frames and steps than the README's."""
+    from psa_diffusers.cli.compare import app
+
+    monkeypatch.chdir(tmp_path)
+    smaller = ["--model", tiny, "--prompt", "a red circle", "--steps", 2, "--num-frames", 5, "--quiet"]
+    assert run_command("psa-compare", app, [*command[1:], *map(str, smaller)]) == 0, capsys.readouterr().err
+    folder = tmp_path / command[command.index("--output") + 1]
+    named_files = set(re.findall(r"`((?:report|compare|totals|clips|frames)\.\w+)`", README))
+    assert {file.name for file in folder.iterdir()} == named_files | {"videos"}
 
 
 @pytest.mark.parametrize("command", commands_of("accelerate"), ids=named)
@@ -174,6 +189,8 @@ def test_ci_runs_the_same_tests():
 def test_the_presets_of_the_table_are_those_there_are():
     rows = re.findall(r"^\| `([\w-]+)` \|", README, flags=re.MULTILINE)
     assert set(rows) == set(PSAConfig.presets())
+    for name, budget in re.findall(r"^\| `([\w-]+)` \|(?:[^|]*\|)?? (0\.\d+) \|", README, flags=re.MULTILINE):
+        assert expected_budget(PSAConfig.preset(name)) == pytest.approx(float(budget)), name
 
 
 def test_the_versions_of_the_table_are_those_of_the_package():

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import PSAConfig
 from . import machine
 from .errors import first_line
-from .pipeline import ModelSource, compression
+from .pipeline import ModelSource, broken_model, compression
 from .run_record import versions
 
 MEASURABLE_FLOPS = {"cpu": 2e11, "cuda": 2e14}  # of a layer: some seconds
@@ -94,6 +94,8 @@ def _transformer(question: Question, component: str, kind: str) -> dict[str, Any
         found["sparse_layers"] = sparse_layers(random_model(kind, settings))
     except ValueError as error:
         return {**found, "sparse_layers": 0, "why_dense": first_line(error).removeprefix("PSAProcessor: ")}
+    except (TypeError, AttributeError, RuntimeError) as error:  # values of other kinds than the class takes
+        raise broken_model(question.source.name, f"no {kind} comes of {component}/config.json", error) from error
     if kind not in EXAMPLE_INPUTS:
         return {**found, "no_forecast": f"psa-doctor cannot tell the tokens of {kind}, and so makes no estimate."}
     latents = _latents(question)

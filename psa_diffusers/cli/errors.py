@@ -45,7 +45,7 @@ def as_wrong_usage(*kinds: type[Exception], hint: str = "") -> Iterator[None]:
         raise WrongUsageError(f"{message} {hint}".strip()) from error
 
 
-def first_line(error: BaseException, limit: int = 300) -> str:
+def first_line(error: BaseException, limit: int = 500) -> str:
     """The error's message as one line of at most ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

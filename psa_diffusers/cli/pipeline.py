@@ -45,9 +45,12 @@ class ModelSource:
         try:
             if path is None:
                 path = Path(_download(self.location, f"{component}/config.json"))
-            return json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise _broken(self.name, f"{component}/config.json is missing or cannot be read", error) from error
+            raise broken_model(self.name, f"{component}/config.json is missing or cannot be read", error) from error
+        if not isinstance(values, dict):
+            raise broken_model(self.name, f"{component}/config.json holds no settings")
+        return values
 
     def defaults(self) -> dict[str, Any]:
         """How the model is meant to be run, where it says so itself."""
@@ -61,7 +64,9 @@ class ModelSource:
         try:
             return read(self.folder) if self.folder else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _broken(self.name, f"{getattr(error, 'filename', None) or 'a file'} cannot be read", error) from error
+            raise broken_model(
+                self.name, f"{getattr(error, 'filename', None) or 'a file'} cannot be read", error
+            ) from error
 
     def identity(self) -> dict[str, str]:
         """What tells this model's weights from others: the Hub's commit, or a hash of the weights on disk."""
@@ -78,7 +83,8 @@ class ModelSource:
         return values
 
 
-def _broken(name: str, what: str, error: BaseException | None = None) -> WrongUsageError:
+def broken_model(name: str, what: str, error: BaseException | None = None) -> WrongUsageError:
+    """The error for a model of which something is missing or damaged: what, and how it was found out."""
     detail = f" ({first_line(error, 120)})" if error is not None else ""
     return WrongUsageError(
         f"the model {name} is not complete or is corrupt: {what}{detail}.\nDownload or copy it again, or name another."
@@ -129,10 +135,10 @@ def _local_model(name: str, folder: Path) -> ModelSource:
         index = json.loads(file.read_text(encoding="utf-8"))
         components = [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]
     except (OSError, ValueError, AttributeError, IndexError) as error:
-        raise _broken(name, "model_index.json cannot be read", error) from error
+        raise broken_model(name, "model_index.json cannot be read", error) from error
     missing = [component for component in components if not (folder / component).is_dir()]
     if missing:
-        raise _broken(name, f"{folder} has no folder {', '.join(missing)}")
+        raise broken_model(name, f"{folder} has no folder {', '.join(missing)}")
     return ModelSource(name, str(folder), index)
 
 
@@ -172,9 +178,12 @@ def size_rules(source: ModelSource) -> tuple[int, tuple[int, int]]:
     has_first = source.index.get("transformer", [None])[0] is not None
     patch = source.read_config("transformer" if has_first else "transformer_2").get("patch_size", (1, 2, 2))
     patch = patch if isinstance(patch, list | tuple) else (1, patch, patch)
-    frame_step, spatial = compression(vae)
-    # Pipelines ask for multiples of 16 whatever the model's own step is.
-    return frame_step, (math.lcm(16, spatial * patch[1]), math.lcm(16, spatial * patch[2]))
+    try:
+        frame_step, spatial = compression(vae)
+        # Pipelines ask for multiples of 16 whatever the model's own step is.
+        return frame_step, (math.lcm(16, spatial * patch[1]), math.lcm(16, spatial * patch[2]))
+    except (TypeError, IndexError, KeyError) as error:
+        raise broken_model(source.name, "the config.json of its VAE or transformer names no sizes", error) from error
 
 
 def compression(vae: dict[str, Any]) -> tuple[int, int]:
@@ -210,7 +219,7 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     except ImportError as error:
         raise CommandError(f"loading {source.name} needs a package that is missing: {first_line(error)}") from error
     except Exception as error:  # every library below has its own kinds for a bad file
-        raise _broken(source.name, "loading failed", error) from error
+        raise broken_model(source.name, "loading failed", error) from error
     _check_all_weights(pipe, source)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
@@ -218,7 +227,8 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        pipe.to(device)
+        with _quiet_loading():  # it warns of float16 on a CPU, which was tried out before
+            pipe.to(device)
     return pipe
 
 
@@ -251,7 +261,7 @@ def _check_all_weights(pipe: Any, source: ModelSource) -> None:
         missing = [key for key, value in module.named_parameters() if value.is_meta]
         missing = missing or _absent_from_files(module, source.folder / name if source.folder else None)
         if missing:
-            raise _broken(source.name, f"{len(missing)} weights of {name} are missing, e.g. {missing[0]}")
+            raise broken_model(source.name, f"{len(missing)} weights of {name} are missing, e.g. {missing[0]}")
 
 
 def _absent_from_files(module: Any, folder: Path | None) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Size = tuple[int, int, int]  # frames, height, width of the latents
 
 # What the pipelines give by default.
-WAN_TEXT, WAN_IMAGE, HUNYUAN_TEXT, LTX_TEXT = 512, 257, 256, 128
+WAN_TEXT, WAN_IMAGE, HUNYUAN_TEXT, LTX_TEXT, KANDINSKY_TEXT, MOTIF_TEXT = 512, 257, 256, 128, 256, 512
 
 
 class _Inputs:
@@ -86,10 +86,50 @@ def _ltx(model: nn.Module, size: Size) -> dict[str, Any]:
     }
 
 
+def _anyflow(model: nn.Module, size: Size) -> dict[str, Any]:
+    make, config = _Inputs(model), model.config
+    frames, height, width = size
+    steps = make.timestep().float().expand(1, frames)
+    return {
+        "hidden_states": make.noise(1, frames, config.in_channels, height, width),
+        "timestep": steps,
+        "r_timestep": steps,
+        "encoder_hidden_states": make.noise(1, WAN_TEXT, config.text_dim),
+    }
+
+
+def _kandinsky_5(model: nn.Module, size: Size) -> dict[str, Any]:
+    make, config = _Inputs(model), model.config
+    grid = [length // cut for length, cut in zip(size, config.patch_size, strict=True)]
+    channels = 2 * config.in_visual_dim + 1 if config.visual_cond else config.in_visual_dim
+    return {
+        "hidden_states": make.noise(1, *size, channels),
+        "encoder_hidden_states": make.noise(1, KANDINSKY_TEXT, config.in_text_dim),
+        "timestep": make.timestep().float(),
+        "pooled_projections": make.noise(1, config.in_text_dim2),
+        "visual_rope_pos": tuple(torch.arange(length, device=make.device) for length in grid),
+        "text_rope_pos": torch.arange(KANDINSKY_TEXT, device=make.device),
+    }
+
+
+def _motif_video(model: nn.Module, size: Size) -> dict[str, Any]:
+    make, config = _Inputs(model), model.config
+    return {
+        "hidden_states": make.noise(1, config.in_channels, *size),
+        "timestep": make.timestep().float(),
+        "encoder_hidden_states": make.noise(1, MOTIF_TEXT, config.text_embed_dim),
+    }
+
+
 EXAMPLE_INPUTS: dict[str, Callable[[nn.Module, Size], dict[str, Any]]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
+    "ChronoEditTransformer3DModel": _wan,
+    "SkyReelsV2Transformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "CogVideoXTransformer3DModel": _cogvideox,
     "LTXVideoTransformer3DModel": _ltx,
+    "AnyFlowTransformer3DModel": _anyflow,
+    "Kandinsky5Transformer3DModel": _kandinsky_5,
+    "MotifVideoTransformer3DModel": _motif_video,
 }

@@ -188,7 +188,7 @@ def measure_layer(
 
     Weights and latents are random: what is measured is the work, which a budget fixes, not the closeness.
     """
-    one = {"num_layers": 1, "num_single_layers": 0, "vace_layers": [0]}
+    one = {"num_layers": 1, "num_single_layers": 0, "vace_layers": [0], "num_visual_blocks": 1, "num_decoder_layers": 0}
     fewer = {key: value for key, value in one.items() if key in settings or key == "num_layers"}
     model = random_model(name, {**settings, **fewer}, device)
     model = nn.Module.to(model, dtype)  # all of it; a model's own method would remark on that

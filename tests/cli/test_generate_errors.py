@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -101,7 +102,10 @@ def test_config_files_that_cannot_be_used(refused, tmp_path):
     assert "cannot read the config file" in refused(*PROMPT, "--config", tmp_path / "none.yaml")
     (tmp_path / "typo.yaml").write_text("compute_bugdet: 0.2\n")
     message = refused(*PROMPT, "--config", tmp_path / "typo.yaml")
-    assert "compute_bugdet" in message and "compute_budget" in message
+    assert "compute_bugdet" in message
+    assert all(field.name in message for field in dataclasses.fields(PSAConfig))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    assert "binary.yaml is not valid YAML" in refused(*PROMPT, "--config", tmp_path / "binary.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     assert "not valid YAML" in refused(*PROMPT, "--config", tmp_path / "broken.yaml")
     (tmp_path / "config.txt").write_text("")
@@ -236,6 +240,12 @@ def test_weights_that_are_damaged(refused, broken_model, component, damage):
 )
 def test_files_that_hold_no_json(refused, broken_model, file):
     (broken_model / file).write_text("{")
+    assert "is not complete or is corrupt" in refused(*PROMPT, model=broken_model)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"patch_size": "two"}'])
+def test_settings_that_are_none(refused, broken_model, text):
+    (broken_model / "transformer" / "config.json").write_text(text)
     assert "is not complete or is corrupt" in refused(*PROMPT, model=broken_model)
 
 

@@ -45,6 +45,10 @@ def test_outcomes_are_compared_and_calls_counted(tmp_path):
     folder.mkdir(parents=True)
     (folder / "test_models_transformer_small.py").write_text(TESTS)
     (folder / "test_models_transformer_image.py").write_text("assert False\n")  # no model that PSA knows: not run
+    # A checkout's tests take its own diffusers, unless the environment's is there before them.
+    (tmp_path / "src" / "diffusers").mkdir(parents=True)
+    (tmp_path / "src" / "diffusers" / "__init__.py").write_text("raise ImportError('of the checkout')")
+    (tmp_path / "tests" / "conftest.py").write_text(f"import sys\nsys.path.insert(1, {str(tmp_path / 'src')!r})\n")
     command = [sys.executable, ROOT / "scripts" / "diffusers_tests" / "run.py", tmp_path, "--csv", tmp_path / "out.csv"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=600)
@@ -53,3 +57,14 @@ def test_outcomes_are_compared_and_calls_counted(tmp_path):
     assert (row["native_passed"], row["psa_passed"], row["passed_natively_only"]) == ("3", "2", "1")
     assert (row["sparse_calls"], row["tests_with_sparse_calls"]) == ("2", "1")
     assert row["dense_reasons"] == "gradients needed: 2"
+
+
+def test_a_file_that_cannot_be_collected_is_no_result(tmp_path):
+    folder = tmp_path / "tests" / "models" / "transformers"
+    folder.mkdir(parents=True)
+    (folder / "test_models_transformer_small.py").write_text(TESTS + "\nraise ImportError\n")
+    command = [sys.executable, ROOT / "scripts" / "diffusers_tests" / "run.py", tmp_path, "--csv", tmp_path / "out.csv"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "did not run" in done.stderr
+    assert not (tmp_path / "out.csv").exists()

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from psa_diffusers import PSAConfig
 from psa_diffusers.integration import PSAProcessor, disable_psa, enable_psa, models, psa_statistics
 from psa_diffusers.integration.models import ROWS, find_row
 from psa_diffusers.integration.models.row import ModelRow, latent_grid
@@ -189,3 +190,16 @@ def test_rows_find_the_attention_of_full_size(name):
     row, blocks = find_row(model), FULL_SIZE[name]
     layers = [row.layer(model, slot.name) for slot in slots]
     assert set(layers) == set(range(max(layers) + 1)) and max(layers) == blocks - 1 - 8 * ("VACE" in name)
+
+
+def test_every_family_has_its_presets():
+    """Each belongs to one family, takes the budget that it says, and says what that is based on."""
+    owned = [name for row in ROWS for name in row.presets]
+    assert [row.title for row in ROWS if bool(row.presets) == bool(row.dense)] == []
+    known = PSAConfig.presets()
+    assert sorted(owned) == sorted(name for name in known if name != "default" and not name.startswith("psa-"))
+    for name in owned:
+        budget = PSAConfig.preset(name).compute_budget
+        assert f"{budget:g}," in known[name] or f"{1 - budget:.2g})" in known[name]
+        assert "paper" in known[name] or "bundled model" in known[name]
+        assert known[name].endswith("Not yet measured with this package on this model.")

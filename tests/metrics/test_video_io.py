@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -40,6 +42,18 @@ def test_the_same_frames_give_the_same_file(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, gradient(5, 32, 32), fps=8)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be kept to one core here")
+def test_the_number_of_cores_does_not_change_the_file(tmp_path):
+    cores = os.sched_getaffinity(0)
+    try:
+        for name, some in (("all.mp4", cores), ("one.mp4", {min(cores)})):
+            os.sched_setaffinity(0, some)
+            write_video(tmp_path / name, gradient(17, 64, 64), fps=8)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert (tmp_path / "all.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("size", [(17, 16), (16, 17)])

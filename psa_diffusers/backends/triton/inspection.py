@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from ...gpu.kernel_launch import KernelLaunch
 from ...planning.triton.inspected import PLANNING_KERNELS, planning_launch
 from .attention import attention_launch
-from .covariance import covariance_finish_launch, covariance_launch, empty_covariance
+from .covariance import covariance_finish_launch, covariance_launch, covariance_sum_launch, empty_covariance
 from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
 from .layout import PyramidLayout
 from .pyramid import Pyramid, empty_pyramid, pyramid_launch
@@ -45,6 +45,7 @@ KERNELS = (
     "pyramid",
     "pyramid+variance",
     "covariance",
+    "covariance_sum",
     "covariance_finish",
     "read_lists",
     "launch_order",
@@ -62,7 +63,12 @@ CORE_KERNELS = (
     "covariance_finish",
     *PLANNING_KERNELS[:5],
 )
-LIST_KERNELS = ("read_lists", "launch_order", *PLANNING_KERNELS[5:])  # alike for all dtypes and head dims
+LIST_KERNELS = (
+    "read_lists",
+    "launch_order",
+    "covariance_sum",
+    *PLANNING_KERNELS[5:],
+)  # alike for all dtypes and head dims
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -232,7 +238,7 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel == "read_lists":
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
     if case.kernel == "launch_order":
-        return launch_order_launch(lengths, lists, query_blocks)
+        return launch_order_launch(level_mask, lists, lengths)
     lse = None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta")
     covariance = empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None
     named = {"query_block_size": case.query_block_size, "order": order, "scale": case.head_dim**-0.5}
@@ -243,11 +249,13 @@ def launch_of(case: Case) -> KernelLaunch:
 
 
 def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:
-    covariance, partial = empty_covariance(pyramid, layout)
+    covariance, partial, totals = empty_covariance(pyramid, layout)
     counted = torch.empty(*pyramid.key.shape[:2], layout.kv_blocks, dtype=torch.uint8, device="meta")
     if case.kernel == "covariance":
         return covariance_launch(pyramid, layout, counted, partial)
-    return covariance_finish_launch(partial[0], pyramid, layout, counted, covariance)
+    if case.kernel == "covariance_sum":
+        return covariance_sum_launch(partial, totals, layout)
+    return covariance_finish_launch(totals, pyramid, layout, counted, covariance)
 
 
 def _tile_of(launch: KernelLaunch) -> str:

@@ -11,4 +11,5 @@ ALLEGRO = ModelRow(
     sparse="`attn1`",
     text="cross-attention",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("allegro",),
 )

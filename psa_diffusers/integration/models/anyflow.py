@@ -25,6 +25,7 @@ ANYFLOW = ModelRow(
     sparse="`attn1`",
     text="cross-attention",
     grid="latents [B, T, C, H, W] / patch",
+    presets=("anyflow",),
 )
 
 ANYFLOW_FAR = ModelRow(

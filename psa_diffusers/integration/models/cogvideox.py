@@ -25,4 +25,5 @@ COGVIDEOX = ModelRow(
     sparse="joint attention (`attn1`); ConsisID's face modules stay dense",
     text="first; padded text is text to the model",
     grid="latents [B, T, C, H, W] / patch",
+    presets=("cogvideox", "cogvideox-1-5"),
 )

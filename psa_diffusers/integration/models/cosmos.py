@@ -11,6 +11,7 @@ COSMOS = ModelRow(
     sparse="`attn1`; a ControlNet stays dense",
     text="cross-attention",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("cosmos",),
 )
 
 COSMOS_3 = ModelRow(

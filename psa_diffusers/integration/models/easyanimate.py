@@ -26,4 +26,5 @@ EASYANIMATE = ModelRow(
     sparse="joint attention (`attn1`)",
     text="first; padded text is text to the model",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("easyanimate",),
 )

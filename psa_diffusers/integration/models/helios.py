@@ -40,4 +40,6 @@ HELIOS = ModelRow(
     sparse="`attn1`",
     text="cross-attention; the history comes first",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("helios",),
+    one_sequence=True,
 )

@@ -83,6 +83,7 @@ HUNYUAN_VIDEO = ModelRow(
     sparse="joint attention of all blocks; the token refiner stays dense",
     text="last, padded; padding is masked",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("hunyuan-video",),
 )
 
 FRAMEPACK = ModelRow(
@@ -95,6 +96,7 @@ FRAMEPACK = ModelRow(
     sparse="joint attention of all blocks; the token refiner stays dense",
     text="history first; image and text last, padding cut off (batch 1) or masked",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("hunyuan-video-framepack",),
 )
 
 HUNYUAN_VIDEO_15 = ModelRow(
@@ -106,4 +108,5 @@ HUNYUAN_VIDEO_15 = ModelRow(
     sparse="joint attention of all blocks; the token refiner stays dense",
     text="last: image, glyph and text tokens, the real ones first; padding is masked",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("hunyuan-video-1-5",),
 )

@@ -31,6 +31,7 @@ KANDINSKY_5 = ModelRow(
     sparse="`self_attention` of the visual blocks; all stays as it is in NABLA mode",
     text="cross-attention",
     grid="latents [B, T, H, W, C] / patch",
+    presets=("kandinsky-5",),
 )
 
 KANDINSKY_6 = ModelRow(
@@ -42,6 +43,7 @@ KANDINSKY_6 = ModelRow(
     sparse="`self_attention` of the video; audio and audio-video attention stay dense",
     text="cross-attention",
     grid="latents [B, T, H, W, C] / patch",
+    presets=("kandinsky-6",),
 )
 
 KANDINSKY_6_SR = ModelRow(

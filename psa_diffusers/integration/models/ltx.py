@@ -42,6 +42,7 @@ LTX = ModelRow(
     sparse="`attn1`",
     text="cross-attention; keyframes and clips of the condition pipeline come first",
     grid="`num_frames`, `height`, `width`, else `video_coords`, read once a run",
+    presets=("ltx",),
     one_sequence=True,
 )
 
@@ -68,4 +69,5 @@ LTX_2 = ModelRow(
     sparse="`attn1` (video to video); audio and audio-video attention stay dense, and all does under a reference mask",
     text="cross-attention; keyframes and references come last",
     grid="`num_frames`, `height`, `width`",
+    presets=("ltx-2",),
 )

@@ -27,5 +27,6 @@ MINIMAX_H3 = ModelRow(
     sparse="joint attention of all blocks; the token refiner stays dense",
     text="first: text, conditions, audio",
     grid="`position_ids`, read once a run",
+    presets=("minimax-h3",),
     one_sequence=True,
 )

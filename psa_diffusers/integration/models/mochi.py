@@ -27,5 +27,6 @@ MOCHI = ModelRow(
     sparse="joint attention (`attn1`), one call a sample",
     text="last; padding is cut off",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("mochi",),
     one_sample_a_call=True,
 )

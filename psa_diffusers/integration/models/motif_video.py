@@ -39,4 +39,5 @@ MOTIF_VIDEO = ModelRow(
     sparse="joint attention of all blocks, the decoder's too; text cross-attention stays dense",
     text="last, after the image; padding is masked, and dense if it is not at the end",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("motif-video",),
 )

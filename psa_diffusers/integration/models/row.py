@@ -58,6 +58,7 @@ class ModelRow:
         layout: (model, the forward's arguments by name) -> the tokens, or in words why they cannot be sparse.
         layer: (model, module's path) -> index of the transformer block, as ``dense_layers`` counts.
         sparse, text, grid: What that comes to, in words, for the README's table.
+        presets: Names of the presets (``configs/``) for its usual sizes.
         default_native: model -> the class name of the processors that it sets itself, where that depends on it.
         one_sample_a_call: The native computes the samples of a batch one by one.
         one_sequence: Tokens beside the video's are in one tensor with it before the blocks, so that context parallel
@@ -74,6 +75,7 @@ class ModelRow:
     sparse: str = ""
     text: str = ""
     grid: str = ""
+    presets: tuple[str, ...] = ()
     default_native: Callable[[nn.Module], str] | None = None
     one_sample_a_call: bool = False
     one_sequence: bool = False

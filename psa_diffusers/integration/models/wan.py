@@ -38,6 +38,7 @@ WAN = ModelRow(
     sparse="`attn1`, also of the VACE blocks; Animate's face adapter stays dense",
     text="cross-attention",
     grid="latents [B, C, T, H, W] / patch; Animate's reference image is its first frame",
+    presets=("wan-1-3b", "wan-5b", "wan-14b", "chronoedit"),
 )
 
 SKYREELS = ModelRow(
@@ -49,4 +50,5 @@ SKYREELS = ModelRow(
     sparse="`attn1`; all stays dense in block-causal mode (`num_frame_per_block` above 1)",
     text="cross-attention",
     grid="latents [B, C, T, H, W] / patch",
+    presets=("skyreels-v2",),
 )
