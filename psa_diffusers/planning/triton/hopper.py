@@ -13,7 +13,7 @@ ENABLED = os.environ.get("PSA_HOPPER_KERNEL", "1") != "0"  # "0" leaves Hopper t
 HEAD_DIMS = (64, 128)
 KEY_SAMPLES = 8  # of a kv block, that the masses' kernel takes
 QUERY_SAMPLES = 32  # of a query block, with empty rows, that the centroids' kernel takes
-# Fewer programs, some 8 a processor, leave the kernels for all GPUs: they are measured to be slower on large grids alone.
+# Some 8 a processor. Smaller grids are left to the kernels for all GPUs, whose smaller programs share out better.
 MIN_PROGRAMS = 1024
 
 try:

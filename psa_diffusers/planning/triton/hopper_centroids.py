@@ -68,7 +68,9 @@ def _biased(products, tile, count_bias, tiles, regular_tiles, kv_blocks, factor,
     """Adds what a tile's blocks weigh less than whole ones, tile ``tiles`` being the first again."""
     tile = gl.where(tile >= tiles, tile - tiles, tile)
     if tile >= regular_tiles:
-        block = tile * products.shape[1] + gl.arange(0, products.shape[1], gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        block = tile * products.shape[1] + gl.arange(
+            0, products.shape[1], gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        )
         bias = gl.load(count_bias + block, mask=block < kv_blocks, other=float("-inf"))
         bias = (bias - LOG_KV_BLOCK) * (1.0 / factor)
         products += gl.convert_layout(bias, gl.SliceLayout(0, products.type.layout))[None, :]
@@ -154,7 +156,9 @@ def hopper_centroids_kernel(
 
     local = gl.arange(0, BLOCK_M, gl.SliceLayout(1, MEMORY))
     place = (first_block + local % HALF // 16, local // HALF * 16 + local % 16)
-    copy_queries(rows.index(0), query, query_strides, positions, order, batch, head, *place, query_blocks, SAMPLES, SAMPLES)
+    copy_queries(
+        rows.index(0), query, query_strides, positions, order, batch, head, *place, query_blocks, SAMPLES, SAMPLES
+    )
     for stage in gl.static_range(STAGES):  # the first one's group holds the queries too
         _copy_tile(means, spreads, stage, tiles, key_mean, key_spread, kv_blocks, STAGES)
     block = first_block + gl.arange(0, BLOCKS, gl.SliceLayout(1, TABLE))
@@ -166,7 +170,7 @@ def hopper_centroids_kernel(
     _square_queries(rows.index(0), squares.index(0), features, first_block, query_blocks, count, scale, HEAD_DIM, kind)
     arrived(STAGES - 1)
 
-    # Logits, in units of ln 2, are products of queries and means plus half their variance; both come in one accumulator.
+    # Logits, in units of ln 2, are products of queries and means plus half their variance, both in one accumulator.
     # The largest of n keys holds at most the mass of n: beyond it the logits are not normal.
     factor = scale * LOG2E
     most = LOG_KV_BLOCK / factor

@@ -8,9 +8,9 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from .hopper_rows import arrived, copy_queries, copy_rows, later, rows_layout, settled
 
-# A tile of 16 kv blocks is multiplied in two halves, its even and its odd blocks. Row r of a half holds sample r // 8 of
-# the half's block r % 8: so a thread of the matrix units' result holds all samples of its blocks, and blocks that lie
-# side by side.
+# A tile of 16 kv blocks is multiplied in two halves, its even and its odd blocks. Row r of a half holds sample r // 8
+# of the half's block r % 8: so a thread of the matrix units' result holds all samples of its blocks, and blocks that
+# lie side by side.
 
 
 @gluon.jit

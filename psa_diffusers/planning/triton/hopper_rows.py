@@ -1,4 +1,4 @@
-"""What the planner's kernels for Hopper share: rows that are copied to shared memory while something else is computed."""
+"""What the planner's kernels for Hopper share: copies to shared memory, and the order of what runs side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def later(number):
 
 @gluon.constexpr_function
 def _assembly(count):
-    """Adds up ``count`` numbers and sleeps if the sum is a NaN that no arithmetic makes; gives the numbers as they are."""
+    """Adds up ``count`` numbers, sleeps if the sum is a NaN that no arithmetic makes, and returns the numbers."""
     moves = "".join(f"mov.f32 ${number}, ${count + number}; " for number in range(count))
     adds = "".join(f"add.f32 total, total, ${count + number}; " for number in range(1, count))
     check = "mov.b32 bits, total; setp.eq.s32 never, bits, 0x7f812345; @never nanosleep.u32 1; "
