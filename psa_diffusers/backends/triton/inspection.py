@@ -264,6 +264,7 @@ def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -
 def _tile_of(launch: KernelLaunch) -> str:
     shapes = (
         ("BLOCK_M", "BLOCK_N"),
+        ("BLOCK_M",),
         ("BLOCK_N", "D"),
         ("TILE_D", "TILE_ROWS"),
         ("SLAB", "BLOCK_D"),
