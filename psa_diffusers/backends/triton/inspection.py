@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...gpu.kernel_launch import KernelLaunch
-from ...planning.triton.inspected import PLANNING_KERNELS, planning_launch
+from ...planning.triton.inspected import HOPPER_PLANNING_KERNELS, PLANNING_KERNELS, planning_launch
 from .attention import attention_launch
 from .covariance import covariance_finish_launch, covariance_launch, covariance_sum_launch, empty_covariance
 from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
@@ -50,6 +50,7 @@ KERNELS = (
     "read_lists",
     "launch_order",
     *PLANNING_KERNELS,
+    *HOPPER_PLANNING_KERNELS,
 )
 HOPPER_KERNELS = ("hopper", "hopper+covariance")  # sm_90 alone
 # A stack that is no problem, in bytes a thread: the Hopper kernel's producers, with few registers, keep there what they
@@ -106,7 +107,7 @@ class Case:
         if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
-        if self.kernel in HOPPER_KERNELS:
+        if self.kernel in (*HOPPER_KERNELS, *HOPPER_PLANNING_KERNELS):
             return self.target == "sm_90" and self.dtype in dtypes and self.head_dim in HEAD_DIMS
         return self.kernel in LIST_KERNELS or (
             self.kernel in CORE_KERNELS and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS
@@ -173,6 +174,8 @@ def report_cases() -> list[Case]:
             cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         if target == "sm_90":
+            for kernel in HOPPER_PLANNING_KERNELS:
+                cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in HEAD_DIMS]
             for kernel in HOPPER_KERNELS:
                 cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in HEAD_DIMS]
                 cases += [Case(kernel, target, "bf16", 128, query_block_size=256)]
@@ -228,7 +231,7 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
-    if case.kernel in PLANNING_KERNELS:
+    if case.kernel in (*PLANNING_KERNELS, *HOPPER_PLANNING_KERNELS):
         return planning_launch(case, query, order)
     if case.kernel.startswith("covariance"):
         return _covariance_launch_of(case, pyramid, layout)
@@ -261,6 +264,7 @@ def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -
 def _tile_of(launch: KernelLaunch) -> str:
     shapes = (
         ("BLOCK_M", "BLOCK_N"),
+        ("BLOCK_M",),
         ("BLOCK_N", "D"),
         ("TILE_D", "TILE_ROWS"),
         ("SLAB", "BLOCK_D"),

@@ -28,6 +28,25 @@ class ReadLists(NamedTuple):
     totals: Tensor  # int64 [batch, heads, num_levels + 2]: block pairs that are skipped, at level 1, ..., as centroids
 
 
+# Blocks of a chunk are counted at FIELDS levels at once, in one number: a field of 12 bits for each.
+FIELDS = 5
+
+
+@triton.jit
+def _fields_of(level_mask, block, kv_blocks, first, LEVELS: tl.constexpr, FIELDS: tl.constexpr):
+    """The field that a block counts in, from 0, and int64 with 1 in that field; 0 where its level is in none."""
+    level = tl.load(level_mask + block, mask=block < kv_blocks, other=0).to(tl.int32)
+    field = level - first
+    is_counted = (field >= 0) & (field < FIELDS) & (level <= LEVELS + 1)
+    field = tl.where(is_counted, field, 0)
+    return field, tl.where(is_counted, tl.full(field.shape, 1, tl.int64) << (field * 12).to(tl.int64), 0)
+
+
+@triton.jit
+def _field(fields, number):
+    return ((fields >> (number * 12).to(tl.int64)) & 4095).to(tl.int32)
+
+
 @triton.jit
 def read_lists_kernel(
     level_mask,
@@ -37,22 +56,36 @@ def read_lists_kernel(
     kv_blocks,
     LEVELS: tl.constexpr,
     KV_BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One program: one row of the level mask, compacted level by level. Skip (0) and unknown levels are in no list."""
     row = tl.program_id(0).to(tl.int64)
-    written = 0
+    level_mask += row * kv_blocks
+    blocks += row * kv_blocks
     length = 0
-    for level in tl.static_range(1, LEVELS + 2):
-        before = written
+    written = 0
+    field = tl.arange(0, 8)
+    for first in tl.static_range(1, LEVELS + 2, FIELDS):
+        count = tl.zeros([8], tl.int32)
+        for start in range(0, kv_blocks, CHUNK):
+            _, ones = _fields_of(level_mask, start + tl.arange(0, CHUNK), kv_blocks, first, LEVELS, FIELDS)
+            count += _field(tl.sum(ones, axis=0), tl.minimum(field, FIELDS - 1))
+        level = first + field
+        is_level = (field < FIELDS) & (level <= LEVELS + 1)
+        count = tl.where(is_level, count, 0)
+        tl.store(counts + row * (LEVELS + 1) + level - 1, count, mask=is_level)
+        length += tl.sum(count * tl.where(level <= LEVELS, KV_BLOCK >> tl.minimum(level - 1, LEVELS), 1), axis=0)
+        place = written + tl.cumsum(count, axis=0) - count  # where the next block of each level goes
         for start in range(0, kv_blocks, CHUNK):
             block = start + tl.arange(0, CHUNK)
-            chosen = tl.load(level_mask + row * kv_blocks + block, mask=block < kv_blocks, other=0) == level
-            slot = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            tl.store(blocks + row * kv_blocks + slot, block.to(blocks.dtype.element_ty), mask=chosen)
-            written += tl.sum(chosen.to(tl.int32), axis=0)
-        tl.store(counts + row * (LEVELS + 1) + level - 1, written - before)
-        length += (written - before) * (KV_BLOCK >> (level - 1) if level <= LEVELS else 1)
+            of_block, ones = _fields_of(level_mask, block, kv_blocks, first, LEVELS, FIELDS)
+            slot = _field(tl.cumsum(ones, axis=0) - ones, of_block)
+            for number in tl.static_range(FIELDS):
+                slot += tl.where(of_block == number, tl.sum(tl.where(field == number, place, 0), axis=0), 0)
+            tl.store(blocks + slot, block.to(blocks.dtype.element_ty), mask=ones > 0)
+            place += tl.where(field < FIELDS, _field(tl.sum(ones, axis=0), tl.minimum(field, FIELDS - 1)), 0)
+        written += tl.sum(count, axis=0)
     tl.store(lengths + row, length)
 
 
@@ -205,6 +238,7 @@ def read_lists_launch(level_mask: Tensor, lists: ReadLists, lengths: Tensor, kv_
         "kv_blocks": kv_blocks,
         "LEVELS": lists.counts.shape[1] - 1,
         "KV_BLOCK": kv_block_size,
+        "FIELDS": FIELDS,
         "CHUNK": min(LIST_CHUNK, next_power_of_2(kv_blocks)),
     }
     return KernelLaunch(read_lists_kernel, (rows,), arguments, num_warps=1)

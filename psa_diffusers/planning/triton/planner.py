@@ -15,9 +15,10 @@ from ...gpu.target import target_of, tensor_obstacle
 from ..blocks import Layout
 from ..budget import rung_costs
 from .centroids import centroid_launch
+from .masses import empty_masses, heads_at_a_time, masses_launch, masses_layout
 from .prices import prices_launch
-from .sampled import empty_masses, heads_at_a_time, masses_launch, masses_layout, shares_launch
 from .samples import key_draws, query_positions
+from .shares import shares_launch
 from .spending import BINS, bins_launch, chunks_of, levels_launch
 from .statistics import Statistics, empty_statistics, statistics_launch
 
@@ -34,7 +35,7 @@ class Estimates(NamedTuple):
 
     attention: Tensor  # float32 [batch, heads, query_blocks, kv_blocks]: the second estimate, then attention^2
     features: Tensor  # [batch, heads, query_blocks, head_dim], see :mod:`.centroids`
-    output: Tensor  # the same, see :mod:`.sampled`
+    output: Tensor  # the same, see :mod:`.shares`
     output_power: Tensor  # float32 [batch, heads, query_blocks]
 
 
@@ -164,10 +165,11 @@ def estimate_launches(
         estimates.features,
         scale=scale,
         kv_block_size=config.kv_block_size,
+        full_blocks=full_blocks,
         target=target,
     )
     samples = min(config.sampled_queries, config.query_block_size)
-    cut = masses_layout(query, len(positions), samples, statistics, target)
+    cut = masses_layout(query, len(positions), samples, statistics, scale=scale, target=target)
     heads = query.shape[2]
     key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
     step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))
