@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import choose_backend, get_backend
+from .backends import find_backend, get_backend
 from .config import PSAConfig
 from .planning import Plan, build_plan
 from .planning.validation import check_key_lengths, check_scale, check_tensors
@@ -62,8 +62,7 @@ def pyramid_sparse_attention(
     else:
         check_plan(plan, query, key, key_lengths)
     probe = next((tensor for tensor in (query, key, value) if tensor.requires_grad), query)
-    backend, _ = choose_backend(config.backend, probe, plan)
-    attend = get_backend(backend)
+    attend = get_backend(find_backend(config.backend, probe, plan))
     out, lse = attend(
         query,
         key,
@@ -71,7 +70,7 @@ def pyramid_sparse_attention(
         plan,
         scale=scale,
         logit_correction=config.logit_correction,
-        value_correction=config.value_correction or "none",  # None: the rule has no say in it
+        value_correction="covariance" if config.value_correction in ("covariance", "fitted") else "none",
         return_lse=return_lse,
     )
     return (out, lse) if return_lse else out

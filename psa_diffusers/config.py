@@ -14,7 +14,7 @@ RULES = ("budget", "threshold", "topk")
 IMPORTANCES = ("sampled", "antidiagonal", "pooled")
 REDUCTIONS = ("sum", "max")
 LOGIT_CORRECTIONS = ("none", "variance")
-VALUE_CORRECTIONS = ("none", "covariance")
+VALUE_CORRECTIONS = ("none", "covariance", "fitted")
 ORDERS = ("gilbert", "raster")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -59,7 +59,8 @@ class PSAConfig:
         logit_correction: ``"variance"`` adds half the (clamped) variance of a pooled group's logits to its bias;
             ``"none"`` is the published method.
         value_correction: ``"covariance"`` gives pooled blocks the covariance of values and keys back that pooling takes
-            from the output, one matrix a head (see :mod:`~psa_diffusers.backends.reference`); ``"none"`` is the
+            from the output, one matrix a head (see :mod:`~psa_diffusers.backends.reference`); ``"fitted"`` gives every
+            head as much of it as fits a few of its queries best, computed in full while planning; ``"none"`` is the
             published method. Belongs to the ``budget`` rule, which reads every block; there ``"covariance"`` is the
             default.
         order: Order of the video tokens in blocks: ``"gilbert"`` keeps a block compact in time and space;
@@ -263,7 +264,7 @@ class PSAConfig:
         Raises:
             ValueError: there is no preset of that name (the message lists those there are).
         """
-        path = _presets_folder() / f"{name}.yaml"
+        path = configs_folder() / f"{name}.yaml"
         if name not in cls.presets():
             raise ValueError(f"PSAConfig: no preset {name!r}; there are {', '.join(cls.presets())}.")
         return cls.from_dict(_read_mapping(path).get("config", {}))
@@ -271,7 +272,7 @@ class PSAConfig:
     @classmethod
     def presets(cls) -> dict[str, str]:
         """The presets' names, each with what it is and what it is based on."""
-        files = sorted(_presets_folder().glob("*.yaml"))
+        files = sorted(configs_folder().glob("*.yaml"))
         return {file.stem: str(_read_mapping(file).get("description", "")) for file in files}
 
 
@@ -296,7 +297,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _presets_folder() -> Path:
+def configs_folder() -> Path:
     """``configs/`` inside an installed package, else beside the package in a checkout."""
     package = Path(__file__).parent
     installed = package / "configs"

@@ -71,6 +71,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "pip",
         "python",
         "psa-generate",
+        "psa-compare",
         "psa-bench",
         "psa-doctor",
         "accelerate",
@@ -112,6 +113,19 @@ def test_psa_generate(command, tiny, tmp_path, capsys, monkeypatch):
         folder = tmp_path / command[command.index("--output") + 1]
         expected = {"video.mp4", "run.json"} | ({"dense.mp4", "side_by_side.mp4"} if "--compare" in command else set())
         assert {file.name for file in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("command", commands_of("psa-compare"), ids=named)
+def test_psa_compare(command, tiny, tmp_path, capsys, monkeypatch):
+    """With a small model, one prompt, fewer and smaller frames and steps than the README's."""
+    from psa_diffusers.cli.compare import app
+
+    monkeypatch.chdir(tmp_path)
+    smaller = ["--model", tiny, "--prompt", "a red circle", "--steps", 2, "--num-frames", 5, "--quiet"]
+    assert run_command("psa-compare", app, [*command[1:], *map(str, smaller)]) == 0, capsys.readouterr().err
+    folder = tmp_path / command[command.index("--output") + 1]
+    named_files = set(re.findall(r"`((?:report|compare|totals|clips|frames)\.\w+)`", README))
+    assert {file.name for file in folder.iterdir()} == named_files | {"videos"}
 
 
 @pytest.mark.parametrize("command", commands_of("accelerate"), ids=named)

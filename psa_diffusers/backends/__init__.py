@@ -12,6 +12,8 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,16 +40,35 @@ def choose_backend(config_backend: str, query: Tensor, plan: Plan | None = None)
     """
     needs_grad = torch.is_grad_enabled() and query.requires_grad
     if config_backend == "auto":
-        return _choose(query, plan, needs_grad)
+        name, reason = _choose(query, plan, needs_grad)
+        note = _triton().kernel_note(query, plan) if name == "triton" and plan is not None else ""
+        return name, f"{reason} {note}".rstrip()
+    check_backend(config_backend, query, plan)
+    return config_backend, "The config asks for it."
+
+
+def find_backend(config_backend: str, query: Tensor, plan: Plan | None = None) -> str:
+    """The name that :func:`choose_backend` gives, without the sentence that it makes."""
+    if config_backend == "auto":
+        return _choose(query, plan, torch.is_grad_enabled() and query.requires_grad)[0]
+    check_backend(config_backend, query, plan)
+    return config_backend
+
+
+def check_backend(config_backend: str, query: Tensor, plan: Plan | None = None) -> None:
+    """A backend asked for by name can compute this.
+
+    Raises:
+        ValueError: it cannot, or the name is unknown.
+    """
     if config_backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, but is {config_backend!r}.")
-    if needs_grad and config_backend != "reference":
+    if config_backend != "reference" and torch.is_grad_enabled() and query.requires_grad:
         raise ValueError(
             f"backend {config_backend!r} has no gradients; use torch.no_grad(), or backend='reference', which has."
         )
     if config_backend == "triton" and (obstacle := triton_obstacle(query, plan)):
         raise ValueError(f"backend 'triton' cannot be used: {obstacle}; use backend='auto' or 'torch'.")
-    return config_backend, "The config asks for it."
 
 
 def _choose(query: Tensor, plan: Plan | None, needs_grad: bool) -> tuple[str, str]:
@@ -55,28 +76,38 @@ def _choose(query: Tensor, plan: Plan | None, needs_grad: bool) -> tuple[str, st
         return "reference", "Gradients are needed, and only the reference backend has them."
     obstacle = triton_obstacle(query, plan)
     if obstacle is None:
-        reason = f"The tensors are on {query.device}, and Triton supports them."
-        note = importlib.import_module(".triton", __name__).kernel_note(query, plan) if plan is not None else ""
-        return "triton", f"{reason} {note}".rstrip()
+        return "triton", f"The tensors are on {query.device}, and Triton supports them."
     return "torch", f"Triton is not used: {obstacle}."
 
 
 def triton_obstacle(query: Tensor, plan: Plan | None = None) -> str | None:
     """Why the Triton kernels cannot take these queries, or None if they can."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if query.device.type != "cuda" and not (interpreted and query.device.type == "cpu"):
+    if query.device.type != "cuda" and not (_is_interpreted() and query.device.type == "cpu"):
         return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
+    return _import_obstacle() or _triton().why_unsupported(query, plan)
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _import_obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        module = importlib.import_module(".triton", __name__)
+        _triton()
     except Exception as error:  # a Triton that does not fit its driver or its torch fails in many ways
         return f"triton does not import ({type(error).__name__}: {error})"
-    if not hasattr(module, "attend_triton"):
-        return "this version has no Triton kernels"
-    return module.why_unsupported(query, plan) if hasattr(module, "why_unsupported") else None
+    return None
 
 
+@cache
+def _triton() -> ModuleType:
+    return importlib.import_module(".triton", __name__)
+
+
+@cache
 def get_backend(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attend function of a backend; its module is imported when first asked for."""
     module, function = BACKENDS[name]

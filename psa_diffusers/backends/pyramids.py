@@ -76,7 +76,7 @@ def build_head_pyramid(
     """
     length, capacity = len(key), layout.starts[1]
     for table, tokens in zip(tables, (key, value), strict=False):
-        _take(tokens, order, out=table[:length])
+        take(tokens, order, out=table[:length])
         if real is not None:
             table.index_fill_(0, (~real).nonzero()[:, 0], 0)
     tables[0][:length] *= scale
@@ -105,9 +105,10 @@ def build_head_pyramid(
     return HeadPyramid(tables, count.log(), has_real, covariance, shares)
 
 
-def _take(tokens: Tensor, order: Tensor | None, *, out: Tensor) -> None:
-    """Tokens [length, head_dim], in the order, converted to the dtype of ``out`` and written there."""
-    if order is not None and tokens.dtype == out.dtype:
+def take(tokens: Tensor, order: Tensor | None, *, out: Tensor) -> None:
+    """Tokens [length, ...], in the order, converted to the dtype of ``out`` and written there."""
+    # Into strided memory index_select goes row by row.
+    if order is not None and tokens.dtype == out.dtype and out.is_contiguous():
         torch.index_select(tokens, 0, order, out=out)
     else:
         out.copy_(tokens if order is None else tokens.index_select(0, order))

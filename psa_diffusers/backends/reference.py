@@ -47,7 +47,8 @@ def attend_reference(
     pooled groups, as :mod:`~psa_diffusers.backends.covariance` says. C is that of whole kv blocks, level
     ``num_levels + 1``: the mean of ``(v - mean of its block) (k - mean of its block)^T`` over the real tokens of the
     blocks that all queries of the head read. C_h, the same of the groups of level h, loses the share
-    ``<C_h, C> / <C, C>``, clamped to [0, 1]; level 1 loses nothing.
+    ``<C_h, C> / <C, C>``, clamped to [0, 1]; level 1 loses nothing. Where the plan has a ``value_gain``, what a head is
+    given back is that many times as much.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
@@ -79,6 +80,8 @@ def attend_reference(
                 covariance = head_covariance(
                     head_key.to(precise), head_value.to(precise), inside, plan.kv_block_size, plan.num_levels
                 )
+                if plan.value_gain is not None:
+                    covariance = covariance._replace(shares=covariance.shares * plan.value_gain[sample, head])
             blocks = query[sample, tokens, head].split(plan.query_block_size)
             for block, levels in zip(blocks, plan.level_mask[sample, head], strict=True):
                 read = (levels[rows.block] == rows.level) & (rows.count > 0)

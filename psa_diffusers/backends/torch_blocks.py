@@ -8,18 +8,21 @@ between them Python lets only one thread run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..planning.plan import Plan
+from ..products import linear
 from .covariance import counted_blocks
-from .products import linear
-from .pyramids import HeadPyramid, Layout, build_head_pyramid
+from .pyramids import HeadPyramid, Layout, build_head_pyramid, take
+from .reads import Reads, list_reads
 from .workers import run_groups, thread_count
 
-MOST_LOGITS = 2**19
+MOST_LOGITS = 2**20
 
 
 def attend_torch(
@@ -36,7 +39,7 @@ def attend_torch(
     """Attention over the levels that the plan names; what :func:`attend_reference` defines, fast on CPUs. No gradients.
 
     Computes in float32 (float64 for float64 inputs) and rounds once, at the end. Beyond inputs and output it takes 1.89
-    times the memory of K and V (4 levels, kv blocks of 64), for a third of the heads at a time.
+    times the memory of K and V and once that of Q (4 levels, kv blocks of 64), for half of the heads at a time.
 
     Args:
         query: [batch, query_length, heads, head_dim], any floating dtype and strides.
@@ -55,27 +58,34 @@ def attend_torch(
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
     workers = thread_count(query.device)
     # One head is worked on while the next is prepared, where that does not take too much memory beside K and V.
-    slots = min(len(heads), workers, max(1, len(heads) // 3))
+    slots = min(len(heads), workers, max(1, len(heads) // 2))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        memory = [call.empty_tables(3 if logit_correction == "variance" else 2) for _ in range(slots)]
-        run_groups(heads, memory, call.prepare, _attend_block, workers)
+        memory = [call.empty_memory(with_variance=logit_correction == "variance") for _ in range(slots)]
+        run_groups(heads, memory, call.prepare, _attend_blocks, call.finish, workers)
     return call.out, call.lse
 
 
-@dataclass(frozen=True)
-class _Block:
-    """One block of queries of one head: what it reads, and where its output goes."""
+class _Memory:
+    """What a head is worked on in; used for one head after the other."""
 
-    query: Tensor  # [query_length, head_dim], of the head
-    rows: Tensor  # int32 [rows read] of the pyramid's table
+    def __init__(self, tables: tuple[Tensor, ...], rows: Tensor, lse: Tensor | None) -> None:
+        self.tables = tables  # of the pyramid
+        self.rows = rows  # [query_length, head_dim]: queries, and then their output
+        self.lse = lse  # [query_length]
+        self.places: Tensor | None = None  # int64 [query_length]: where in the rows each token is
+
+
+class _Blocks(NamedTuple):
+    """Some blocks of queries of one head: what they read, and where their output goes."""
+
+    rows: Tensor  # [queries, head_dim] of the head's memory
+    lse: Tensor | None  # [queries]
+    reads: Reads
     pyramid: HeadPyramid
-    positions: Tensor  # int64 [queries]: the tokens of these queries
-    out: Tensor  # [query_length, head_dim], of the head
-    lse: Tensor | None  # [query_length], of the head
 
 
 class _Call:
-    """The arguments of one call, and the first step from them to its output."""
+    """The arguments of one call, and the first and the last step from them to its output."""
 
     def __init__(
         self,
@@ -94,92 +104,111 @@ class _Call:
         self.order = None if plan.order is None else plan.order.to(query.device)
         self.real = plan.real_keys()
         self.counted = counted_blocks(plan) if with_covariance else None
-        tokens = torch.arange(length, device=query.device) if self.order is None else self.order
-        self.positions = tokens.split(plan.query_block_size)
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = query.new_empty(batch, heads, length, dtype=self.precise) if return_lse else None
 
-    def empty_tables(self, count: int) -> tuple[Tensor, ...]:
-        """Memory for the pyramid of a head; used for one head after the other."""
-        shape = self.layout.empty_row + 1, self.query.shape[3]
-        return tuple(self.query.new_empty(shape, dtype=self.precise) for _ in range(count))
+    def empty_memory(self, with_variance: bool) -> _Memory:
+        """Memory for a head."""
+        length, head_dim = self.query.shape[1], self.query.shape[3]
+        shapes = [(self.layout.empty_row + 1, head_dim)] * (3 if with_variance else 2) + [(length, head_dim)]
+        *tables, rows = (self.query.new_empty(shape, dtype=self.precise) for shape in shapes)
+        return _Memory(tuple(tables), rows, None if self.lse is None else self.lse.new_empty(length))
 
-    def prepare(self, place: tuple[int, int], tables: tuple[Tensor, ...]) -> list[_Block]:
+    def prepare(self, place: tuple[int, int], memory: _Memory) -> list[_Blocks]:
         """Pack a head and list what its blocks of queries read, the longest first."""
         sample, head = place
         real = None if self.real is None else self.real[sample]
         key, value = self.key[sample, :, head], self.value[sample, :, head]
         counted = None if self.counted is None else self.counted[sample, head]
         pyramid = build_head_pyramid(
-            key, value, self.layout, tables, self.scale, order=self.order, real=real, counted=counted
+            key, value, self.layout, memory.tables, self.scale, order=self.order, real=real, counted=counted
         )
-        reads = _list_reads(self.plan.level_mask[sample, head], pyramid, self.layout)
-        query, out = self.query[sample, :, head], self.out[sample, :, head]
-        lse = None if self.lse is None else self.lse[sample, head]
-        blocks = [
-            _Block(query, rows, pyramid, positions, out, lse)
-            for rows, positions in zip(reads, self.positions, strict=True)
-        ]
-        return sorted(blocks, key=lambda block: -len(block.rows))
+        if pyramid.row_shares is not None and self.plan.value_gain is not None:
+            gain = self.plan.value_gain[sample, head].to(pyramid.row_shares)
+            pyramid = replace(pyramid, row_shares=pyramid.row_shares * gain)
+        size, length = self.plan.query_block_size, self.query.shape[1]
+        order, reads = list_reads(self.plan.level_mask[sample, head], pyramid, self.layout, size, length)
+        tokens = self._tokens_of(order)
+        memory.places = _inverse(tokens)
+        take(self.query[sample, :, head], tokens, out=memory.rows)
+        queries = [part.queries for part in reads]
+        rows = memory.rows.split(queries)
+        lse = [None] * len(reads) if memory.lse is None else memory.lse.split(queries)
+        return [_Blocks(*parts, pyramid) for parts in zip(rows, lse, reads, strict=True)]
+
+    def _tokens_of(self, blocks: Tensor) -> Tensor:
+        """int64 [query_length]: the tokens of these blocks of queries, one block after the other."""
+        size, length = self.plan.query_block_size, self.query.shape[1]
+        positions = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        positions = positions if length % size == 0 else positions[positions < length]
+        return positions if self.order is None else self.order[positions]
+
+    def finish(self, place: tuple[int, int], memory: _Memory) -> None:
+        """Put a head's output where it belongs."""
+        sample, head = place
+        take(memory.rows, memory.places, out=self.out[sample, :, head])
+        if memory.lse is not None:
+            take(memory.lse, memory.places, out=self.lse[sample, head])
 
 
-def _attend_block(block: _Block) -> None:
-    """Compute one block of queries and write it where it belongs."""
+def _inverse(tokens: Tensor) -> Tensor:
+    """int64 [query_length]: where each token is among the tokens. To gather by it is faster than to scatter."""
+    return torch.empty_like(tokens).scatter_(0, tokens, torch.arange(len(tokens), device=tokens.device))
+
+
+def _attend_blocks(blocks: _Blocks) -> None:
+    """Compute some blocks of queries, and write their output over them."""
+    if len(blocks.reads.rows) == 0:
+        blocks.rows.zero_()
+        if blocks.lse is not None:
+            blocks.lse.fill_(-torch.inf)
+        return
+    if blocks.reads.blocks > 1:
+        _attend_together(blocks)
+        return
     # Long reads take fewer queries at a time: they gather more than once, but logits stay in the cache.
-    step = max(16, MOST_LOGITS // max(1, len(block.rows)))
-    for positions in block.positions.split(step):
-        queries = block.query.index_select(0, positions)
-        out, lse = _attend(queries, block.rows, block.pyramid, block.lse is not None)
-        block.out.index_copy_(0, positions, out.to(block.out.dtype))
-        if lse is not None:
-            block.lse.index_copy_(0, positions, lse)
+    parts = max(1, -(-len(blocks.rows) * len(blocks.reads.rows) // MOST_LOGITS))
+    size = max(16, -(-len(blocks.rows) // parts))
+    lse = itertools.repeat(None) if blocks.lse is None else blocks.lse.split(size)
+    for rows, part_lse in zip(blocks.rows.split(size), lse, strict=False):
+        _attend(rows, part_lse, blocks.reads.rows, blocks.pyramid)
 
 
-def _attend(queries: Tensor, rows: Tensor, pyramid: HeadPyramid, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Output [queries, head_dim] and lse [queries], in the pyramid's dtype, over rows of the pyramid."""
+def _attend(queries: Tensor, lse: Tensor | None, reads: Tensor, pyramid: HeadPyramid) -> None:
+    """Write over queries [n, head_dim] their output, and over lse [n] theirs, from these rows of the pyramid."""
     key, value, *variance = pyramid.tables
-    queries = queries.to(key.dtype)
-    if len(rows) == 0:
-        return torch.zeros_like(queries), queries.new_full((len(queries),), -torch.inf) if with_lse else None
-    bias = pyramid.log_count.index_select(0, rows)
-    logits = linear(queries, key.index_select(0, rows), bias)
+    bias = pyramid.log_count.index_select(0, reads)
+    logits = linear(queries, key.index_select(0, reads), bias)
     if variance:
-        half_variance = linear(queries**2, variance[0].index_select(0, rows)) * 0.5
+        half_variance = linear(queries**2, variance[0].index_select(0, reads)) * 0.5
         logits += torch.minimum(half_variance, bias)
-    lse = logits.logsumexp(-1) if with_lse else None
+    if lse is not None:
+        torch.logsumexp(logits, -1, out=lse)
     weights = torch.softmax(logits, -1, out=logits)
-    out = linear(weights, value.index_select(0, rows).t())
-    if pyramid.covariance is not None:
-        mass = weights @ pyramid.row_shares.index_select(0, rows)
-        out += linear(queries, pyramid.covariance).mul_(mass[:, None])
-    return out, lse
+    out = linear(weights, value.index_select(0, reads).t())
+    if pyramid.covariance is None:
+        queries.copy_(out)
+    else:
+        mass = weights @ pyramid.row_shares.index_select(0, reads)
+        torch.addcmul(out, queries @ pyramid.covariance.t(), mass[:, None], out=queries)
 
 
-def _list_reads(levels: Tensor, pyramid: HeadPyramid, layout: Layout) -> tuple[Tensor, ...]:
-    """The rows that each block of queries reads, from levels, int8 [query_blocks, kv_blocks]."""
-    device = levels.device
-    if pyramid.block_has_real is not None:
-        levels = levels * pyramid.block_has_real
-    sizes, starts = (torch.tensor([0, *items], device=device) for items in (layout.sizes, layout.starts[:-1]))
-    levels = levels.long()
-    lengths = sizes[levels]
-    totals = lengths.sum(1)
-    # A last, empty block fills each list up with the empty row.
-    filled = _filled_up(totals)
-    lengths = torch.cat([lengths, (filled - totals)[:, None]], 1).flatten()
-    first = starts[levels] + sizes[levels] * torch.arange(layout.blocks, device=device)
-    first = torch.nn.functional.pad(first, (0, 1), value=layout.empty_row).flatten()
-    before = lengths.cumsum(0) - lengths
-    count = int(filled.sum())
-    rows = torch.repeat_interleave((first - before).int(), lengths, output_size=count)
-    rows += torch.arange(count, device=device, dtype=torch.int32)
-    return rows.clamp_(max=layout.empty_row).split(filled.tolist())
-
-
-def _filled_up(rows: Tensor) -> Tensor:
-    """Numbers of rows, rounded up by less than 1/32 (or to 16), so that there are few of them.
-
-    oneDNN makes a kernel for every shape, which takes longer than to run it, and keeps the last thousand.
-    """
-    step = 2 ** (rows.clamp(min=1).double().log2().floor() - 5).clamp(min=4).to(rows.dtype)
-    return (rows + step - 1) // step * step
+def _attend_together(blocks: _Blocks) -> None:
+    """:func:`_attend` for blocks of as many queries that read as many rows: n blocks of q queries, r rows each."""
+    (count, _, reads), pyramid = blocks.reads, blocks.pyramid
+    key, value, *variance = (table.index_select(0, reads).view(count, -1, table.shape[1]) for table in pyramid.tables)
+    queries = blocks.rows.view(count, -1, blocks.rows.shape[1])
+    bias = pyramid.log_count.index_select(0, reads).view(count, 1, -1)
+    logits = torch.bmm(queries, key.mT).add_(bias)
+    if variance:
+        half_variance = torch.bmm(queries**2, variance[0].mT) * 0.5
+        logits += torch.minimum(half_variance, bias)
+    if blocks.lse is not None:
+        torch.logsumexp(logits, -1, out=blocks.lse.view(count, -1))
+    weights = torch.softmax(logits, -1, out=logits)
+    out = torch.bmm(weights, value)
+    if pyramid.covariance is None:
+        queries.copy_(out)
+    else:
+        mass = torch.bmm(weights, pyramid.row_shares.index_select(0, reads).view(count, -1, 1))
+        torch.addcmul(out, queries @ pyramid.covariance.t(), mass, out=queries)

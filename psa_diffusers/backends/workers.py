@@ -30,14 +30,16 @@ def run_groups(
     slots: Sequence[Slot],
     prepare: Callable[[Group, Slot], list[Piece]],
     work: Callable[[Piece], None],
+    finish: Callable[[Group, Slot], None],
     workers: int,
 ) -> None:
     """Call ``work`` on every piece that ``prepare`` makes of every group, on that many threads.
 
-    A slot is the memory that a group lives in: ``prepare`` gets a free one, which is free again when the last piece of
-    its group is done. Pieces are begun in their order. The first error is raised here, once the other threads ended.
+    A slot is the memory that a group lives in: ``prepare`` gets a free one, ``finish`` the same when the last piece of
+    its group is done, and then it is free again. Pieces are begun in their order. The first error is raised here, once
+    the other threads ended.
     """
-    queue = _Queue(groups, slots, prepare, work)
+    queue = _Queue(groups, slots, prepare, work, finish)
     if workers <= 1:
         queue.drain()
         return
@@ -63,10 +65,12 @@ class _Queue(Generic[Group, Slot, Piece]):
         slots: Sequence[Slot],
         prepare: Callable[[Group, Slot], list[Piece]],
         work: Callable[[Piece], None],
+        finish: Callable[[Group, Slot], None],
     ) -> None:
-        self.groups, self.prepare, self.work = deque(groups), prepare, work
+        self.groups, self.prepare, self.work, self.finish = deque(groups), prepare, work, finish
         self.slots, self.free = slots, deque(range(len(slots)))
         self.pieces: deque[tuple[int, Piece]] = deque()
+        self.held: list[Group | None] = [None] * len(slots)  # the group in each slot
         self.unfinished = [0] * len(slots)
         self.preparing = 0
         self.failed = False
@@ -100,19 +104,23 @@ class _Queue(Generic[Group, Slot, Piece]):
         self.work(piece)
         with self.changed:
             self.unfinished[slot] -= 1
-            self._free_if_done(slot)
+            last = self.unfinished[slot] == 0
+        if last:
+            self._finish(slot)
 
     def _prepare(self, group: Group, slot: int) -> None:
         pieces = self.prepare(group, self.slots[slot])
         with self.changed:
             self.preparing -= 1
-            self.unfinished[slot] = len(pieces)
+            self.held[slot], self.unfinished[slot] = group, len(pieces)
             self.pieces.extend((slot, piece) for piece in pieces)
-            self._free_if_done(slot)
             self.changed.notify_all()
+        if not pieces:
+            self._finish(slot)
 
-    def _free_if_done(self, slot: int) -> None:
-        if self.unfinished[slot] == 0:
+    def _finish(self, slot: int) -> None:
+        self.finish(self.held[slot], self.slots[slot])
+        with self.changed:
             self.free.append(slot)
             self.changed.notify_all()
 

@@ -2,5 +2,6 @@
 
 from .cases import SHAPES, BenchCase, Shape, grid_of
 from .measuring import measure
+from .sparse_rivals import Extras
 
-__all__ = ["SHAPES", "BenchCase", "Shape", "grid_of", "measure"]
+__all__ = ["SHAPES", "BenchCase", "Extras", "Shape", "grid_of", "measure"]

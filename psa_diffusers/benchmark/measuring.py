@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +16,18 @@ from ..backends import choose_backend
 from ..planning import build_plan
 from ..synthetic import video_like_qkv
 from .cases import BenchCase
-from .rivals import Attention, dense_rivals, flex_attention, sdpa
+from .rivals import Attention, Rival, dense_rivals, reason, sdpa
+from .rounding import relative_error, rounding_errors
+from .sparse_rivals import Extras, naive_level_1, sparse_rivals
+from .stages import attention_seconds, measure_stages
+from .timing import peak_extra_bytes, quantiles, take_turns
+
+ERROR_HEADS = 8  # that the error is taken over, evenly spread: dense attention in float32 is slow
+FLASH = "sdpa flash"  # what rounding errors are compared with, where it is there
 
 
 def measure(
-    case: BenchCase, repeats: int = 10, after_repeat: Callable[[], None] = lambda: None, *, with_flex: bool = False
+    case: BenchCase, repeats: int = 10, after_repeat: Callable[[], None] = lambda: None, extras: Extras | None = None
 ) -> dict:
     """One row: times of dense attention, planning and sparse attention, interleaved, and what they came to.
 
@@ -32,18 +35,23 @@ def measure(
         case: Sizes and settings.
         repeats: How often each is timed, after one run that is not.
         after_repeat: Called after every repeat, for a progress bar.
-        with_flex: Also time FlexAttention with a binary mask of the same compute budget (compiles for a while).
+        extras: What else to measure.
 
     Returns:
-        Plain values by column name: seconds (median, p20, p80) of dense attention, of planning, of attention with the
-        plan, and of both together; ``dense_backend``, the fastest of this machine, which those of dense are of;
-        ``rivals``, the median of each other attention that was timed, and ``rivals_missing``, why others were not;
-        ``speedup`` (medians, planning included); ``ideal_speedup`` (1 / achieved compute budget); ``dense_tflops``, and
-        ``attend_tflops`` of the work that the plan leaves; ``relative_error`` of the output against dense attention in
-        float32, in the norm; ``peak_extra_bytes`` (beyond inputs, output and what was there before; None where it
-        cannot be measured) and ``peak_extra_over_kv``.
+        Plain values by column name; None for what was not asked for or cannot be measured.
+
+        Seconds (median, p20, p80) of dense attention, of planning, of attention with the plan, and of both together.
+        ``dense_backend``: the fastest of this machine, which those of dense are of. ``rivals``: the median of each
+        other attention that was timed; ``rivals_budget`` and ``rivals_error`` of the sparse ones; ``speedups`` over
+        each (planning included, but for those that are given what to read); ``rivals_missing``: why others were not.
+        ``naive_level_1``: see :func:`.sparse_rivals.naive_level_1`. ``speedup``: of medians, planning included.
+        ``ideal_speedup``: 1 / achieved compute budget. ``dense_tflops``, and ``attend_tflops`` of the work that the
+        plan leaves. What :func:`_gpu_columns` adds. ``relative_error`` of the output against dense attention in
+        float32, in the norm. What :func:`.rounding.rounding_errors` gives. ``peak_extra_bytes``: beyond inputs, output
+        and what was there before; ``peak_extra_over_kv``.
     """
-    query, key, value = _inputs(case)
+    extras = Extras() if extras is None else extras
+    inputs = query, key, value = _inputs(case)
     plans, place = [], {"grid": case.grid, "full_tokens": case.full_tokens}
 
     def plan() -> None:
@@ -56,42 +64,134 @@ def measure(
         return pyramid_sparse_attention(query, key, value, case.config, **place)
 
     with torch.inference_mode():
-        rivals, missing = dense_rivals(query, key, value)
-        dense_names = list(rivals)
-        if with_flex:
-            rivals["flex, binary mask"] = _binary_flex(case, query, key, value)
-        stages = {name: partial(attention, query, key, value) for name, attention in rivals.items()}
-        stages |= {"plan": plan, "attend": attend}
-        for run in stages.values():
+        dense, missing = dense_rivals(*inputs)
+        plan()
+        others, why_not = sparse_rivals(case, inputs, plans[0], extras)
+        calls = {name: partial(attention, *inputs) for name, attention in dense.items()}
+        calls |= {name: rival.run for name, rival in others.items()} | {"plan": plan, "attend": attend}
+        for run in calls.values():
             run()
-        seconds = _time_stages(stages, repeats, case.device, after_repeat)
-        peak = _peak_extra_bytes(whole, case.device, query.nbytes)
-        error = _relative_error(whole(), sdpa(query.float(), key.float(), value.float()))
-        backend, reason = choose_backend(case.config.backend, query, plans[0])
-        budget = plans[0].compute_budget
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    best = min(dense_names, key=medians.__getitem__)
-    sparse = [sum(pair) for pair in zip(seconds["plan"], seconds["attend"], strict=True)]
-    timed = {"dense": seconds[best], "plan": seconds["plan"], "attend": seconds["attend"], "sparse": sparse}
-    return {
+        seconds = take_turns(calls, repeats, case.device, after_repeat)
+        peak = peak_extra_bytes(whole, case.device, query.nbytes)
+        best = min(dense, key=lambda name: statistics.median(seconds[name]))
+        row = _times(case, seconds, dense, others, best, plans[0].compute_budget)
+        row["rivals_missing"] = missing | why_not | row["rivals_missing"]
+        stages = {"dense": calls[best], "plan": plan, "attend": attend, "whole": whole}
+        row |= _gpu_columns(case, stages, repeats, extras, row)
+        row |= _naive_columns(case, inputs, extras, row["rivals_missing"])
+        row |= _errors(case, inputs, whole(), plans[0], others, dense.get(FLASH, dense[best]), extras)
+        backend, backend_reason = choose_backend(case.config.backend, query, plans[0])
+    row |= {
         "backend": backend,
-        "backend_reason": reason,
+        "backend_reason": backend_reason,
         "planner": plans[0].planner,
         "planner_reason": plans[0].planner_reason,
         "repeats": repeats,
-        **{f"{stage}_{name}": figure for stage in timed for name, figure in _quantiles(timed[stage]).items()},
-        "dense_backend": best,
-        "rivals": json.dumps({name: float(f"{medians[name]:.6g}") for name in rivals}),
-        "rivals_missing": json.dumps(missing),
-        "dense_tflops": case.dense_flops / medians[best] / 1e12,
-        "attend_tflops": case.dense_flops * budget / medians["attend"] / 1e12,
-        "achieved_budget": budget,
-        "speedup": medians[best] / statistics.median(sparse),
-        "ideal_speedup": 1 / budget,
-        "relative_error": error,
         "peak_extra_bytes": peak,
         "peak_extra_over_kv": None if peak is None else peak / (key.nbytes + value.nbytes),
     }
+    return {name: _as_json(item) if isinstance(item, Mapping) else item for name, item in row.items()}
+
+
+def _times(
+    case: BenchCase,
+    seconds: dict[str, list[float]],
+    dense: dict[str, Attention],
+    others: dict[str, Rival],
+    best: str,
+    budget: float,
+) -> dict[str, Any]:
+    """What the seconds of every repeat come to."""
+    sparse = [sum(pair) for pair in zip(seconds["plan"], seconds["attend"], strict=True)]
+    timed = {"dense": seconds[best], "plan": seconds["plan"], "attend": seconds["attend"], "sparse": sparse}
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()} | {
+        "sparse": statistics.median(sparse)
+    }
+    against = {name: "attend" if name in others and others[name].plan_given else "sparse" for name in [*dense, *others]}
+    return {
+        **{f"{stage}_{name}": figure for stage in timed for name, figure in quantiles(timed[stage]).items()},
+        "dense_backend": best,
+        "rivals": {name: medians[name] for name in against},
+        "rivals_budget": {name: rival.budget for name, rival in others.items()},
+        "speedups": {name: medians[name] / medians[ours] for name, ours in against.items()},
+        "rivals_missing": {},
+        "dense_tflops": case.dense_flops / medians[best] / 1e12,
+        "attend_tflops": case.dense_flops * budget / medians["attend"] / 1e12,
+        "achieved_budget": budget,
+        "speedup": medians[best] / medians["sparse"],
+        "ideal_speedup": 1 / budget,
+    }
+
+
+def _gpu_columns(
+    case: BenchCase, calls: dict[str, Callable[[], object]], repeats: int, extras: Extras, row: dict[str, Any]
+) -> dict[str, Any]:
+    """``stages`` by name, see :func:`.stages.measure_stages`, and what they come to, host time excluded.
+
+    ``gpu_dense``, ``gpu_plan``, ``gpu_attend``, ``gpu_sparse``: median seconds; ``gpu_speedup`` of the last over the
+    first; ``kernel_tflops`` of the attention kernel alone on the work that the plan leaves; ``overhead_share``: all
+    that is not the attention kernel (planning, lists, pyramid, value correction, gaps), over dense attention's time.
+    """
+    names = ("stages", "gpu_dense", "gpu_plan", "gpu_attend", "gpu_sparse", "gpu_speedup", "kernel_tflops")
+    empty = dict.fromkeys((*names, "overhead_share"))
+    if not extras.stages:
+        return empty
+    if torch.device(case.device).type != "cuda":  # no host apart from the device: the row's columns say it all
+        return {**empty, "stages": {"plan": row["plan_median"], "attend": row["attend_median"]}}
+    stages = measure_stages(calls, case.device, repeats)
+    medians = {name: taken["median"] for name, taken in stages.items()}
+    kernel = attention_seconds(stages)
+    found = {
+        "stages": stages,
+        "gpu_dense": medians["dense"],
+        "gpu_plan": medians["plan"],
+        "gpu_attend": medians["attend"],
+        "gpu_sparse": medians["whole"],
+        "gpu_speedup": medians["dense"] / medians["whole"],
+    }
+    if kernel > 0:  # not so where torch computes
+        found["kernel_tflops"] = case.dense_flops * row["achieved_budget"] / kernel / 1e12
+        found["overhead_share"] = (medians["whole"] - kernel) / medians["dense"]
+    else:
+        row["rivals_missing"]["stages"] = "no attention kernel of Triton's was seen, so that none is timed apart"
+    return {**empty, **found}
+
+
+def _naive_columns(
+    case: BenchCase, inputs: tuple[Tensor, Tensor, Tensor], extras: Extras, missing: dict[str, str]
+) -> dict[str, Any]:
+    if not extras.naive or "naive psa" in missing:
+        return {"naive_level_1": None}
+    try:
+        return {"naive_level_1": naive_level_1(case, inputs)}
+    except Exception as error:
+        missing["naive psa, level 1"] = reason(error)
+        return {"naive_level_1": None}
+
+
+def _errors(
+    case: BenchCase,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    plan: Any,
+    others: dict[str, Rival],
+    dense: Attention,
+    extras: Extras,
+) -> dict[str, Any]:
+    step = -(-out.shape[2] // ERROR_HEADS)
+    heads = slice(0, None, step)
+    expected = sdpa(*(tensor[:, :, heads].float() for tensor in inputs))
+    comparable = {name: rival for name, rival in others.items() if rival.in_order}
+    found = {
+        "relative_error": relative_error(out[:, :, heads], expected),
+        "rivals_error": {
+            name: relative_error(rival.run()[:, :, heads], expected) for name, rival in comparable.items()
+        },
+        **dict.fromkeys(("sparse_error", "dense_error", "error_ratio")),
+    }
+    if extras.rounding:
+        found |= rounding_errors(inputs, out, plan, case.config, dense)
+    return found
 
 
 def _inputs(case: BenchCase) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,74 +212,12 @@ def _inputs(case: BenchCase) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat([tokens, torch.randn(shape, generator=generator).to(tokens)], dim=1) for tokens in video)
 
 
-def _binary_flex(case: BenchCase, query: Tensor, key: Tensor, value: Tensor) -> Attention:
-    """FlexAttention over the plan of a binary top-k rule, on tensors that are put in its order beforehand."""
-    config = replace(
-        case.config,
-        rule="topk",
-        level_fractions=(case.config.compute_budget or 1.0,) + (0.0,) * (case.config.num_levels - 1),
-        **dict.fromkeys(("compute_budget", "value_correction", "level_thresholds")),
-    )
-    plan = build_plan(query, key, value, config, grid=case.grid, full_tokens=case.full_tokens)
-    inputs = [tensor if plan.order is None else tensor[:, plan.order] for tensor in (query, key, value)]
-    attention = flex_attention(plan.level_mask, plan.query_block_size, plan.kv_block_size)
-    return lambda *ignored: attention(*inputs)
+def _as_json(values: Mapping[str, Any]) -> str:
+    """A table in one cell; numbers to six digits."""
 
+    def short(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {name: short(value) for name, value in item.items()}
+        return float(f"{item:.6g}") if isinstance(item, float) else item
 
-def _time_stages(
-    stages: dict[str, Callable[[], object]], repeats: int, device: str, after_repeat: Callable[[], None]
-) -> dict[str, list[float]]:
-    """Seconds of every stage at every repeat, the stages taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in stages}
-    for _ in range(repeats):
-        for name, run in stages.items():
-            seconds[name].append(_seconds(run, device))
-        after_repeat()
-    return seconds
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if torch.device(device).type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
-
-
-def _quantiles(seconds: list[float]) -> dict[str, float]:
-    ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
-    return {name: ordered.quantile(share).item() for name, share in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
-
-
-def _peak_extra_bytes(run: Callable[[], object], device: str, output_bytes: int) -> int | None:
-    """The most memory that ``run`` held at a time beyond what was there before, less its output."""
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before - output_bytes
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # so that memory freed before is not used again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-        before = _status_bytes("VmRSS")
-        run()
-        return _status_bytes("VmHWM") - before - output_bytes
-    except (OSError, AttributeError, StopIteration):  # not Linux with glibc
-        return None
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+    return json.dumps(short(values))

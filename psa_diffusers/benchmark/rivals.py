@@ -1,16 +1,26 @@
-"""What a user has otherwise: the dense attentions of this machine, and binary block-sparse FlexAttention."""
+"""What a user has otherwise: the dense attentions of this machine."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Rival(NamedTuple):
+    """Another sparse attention, to be timed beside this one."""
+
+    run: Callable[[], Tensor]
+    budget: float  # mean cost of a block pair, dense = 1
+    plan_given: bool = False  # what it reads is chosen beforehand: to be compared with attention alone
+    in_order: bool = True  # its output is in the tokens' own order
+
 
 _SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -44,10 +54,16 @@ def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> tuple[dict[str, A
             attention(query, key, value)
             found[name] = attention
         except Exception as error:  # each refuses devices, dtypes and head dims in its own way
-            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            missing[name] = reason(error)
     if not found:
         found["sdpa"] = sdpa
     return found, missing
+
+
+def reason(error: Exception) -> str:
+    """An error as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _pinned(backend: SDPBackend) -> Attention:
@@ -63,25 +79,3 @@ def _flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     out = flash_attn_func(query, key, value)
     return out[0] if isinstance(out, tuple) else out
-
-
-def flex_attention(level_mask: Tensor, query_block_size: int, kv_block_size: int) -> Attention:
-    """FlexAttention, compiled, that reads the pairs of a binary level mask [batch, heads, query_blocks, kv_blocks].
-
-    Blocks are consecutive runs of the tensors' own order: order them beforehand.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-    from torch.nn.attention.flex_attention import flex_attention as flex
-
-    read = (level_mask > 0).to(torch.int32)
-    counts = read.sum(-1, dtype=torch.int32)
-    blocks = read.argsort(-1, descending=True, stable=True).to(torch.int32)
-    none = torch.zeros_like(counts)
-    mask = BlockMask.from_kv_blocks(none, blocks, counts, blocks, BLOCK_SIZE=(query_block_size, kv_block_size))
-    compiled = torch.compile(flex)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return compiled(*heads_first, block_mask=mask).transpose(1, 2)
-
-    return attention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_output import append_csv, check_csv, check_plot, describe_row, environment_of, rows_to_draw, save_plot, show
 from .errors import WrongUsageError, as_wrong_usage, run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -21,6 +21,9 @@ Example: psa-bench --tokens 8192,16384 --compute-budget 0.15 --csv benchmarks/at
 
 Inputs are random with the structure of a video's. Dense is the fastest dense attention of this machine: torch's own on
 a CPU; on a GPU each of torch's kernels is timed, and FlashAttention-3 if it is installed. All take turns in one run.
+
+Times are those of a caller: a GPU is idle when a call begins, and waits for the host. --stages adds those of the GPU
+alone, kernel by kernel.
 """
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -42,11 +45,17 @@ def bench(
     device: Annotated[str, _option("cpu, cuda or cuda:N.")] = "cpu",
     preset: Annotated[str | None, _option("A named PSA config; an unknown name lists them.")] = None,
     flex: Annotated[bool, _option("Also FlexAttention with a binary mask.", "--flex")] = False,
+    naive: Annotated[bool, _option("Also naive PSA: a launch a level, tile = pooled block.", "--naive")] = False,
+    official: Annotated[Path | None, _option("Also the authors' code: a checkout of their repository.")] = None,
+    stages: Annotated[bool, _option("Also GPU time alone, kernel by kernel.", "--stages")] = False,
+    rounding: Annotated[bool, _option("Also errors against float64, on the same plan.", "--rounding")] = False,
     backend: Annotated[str, _option("auto, triton, torch or reference.")] = "auto",
     repeats: Annotated[int, _option("How often each is timed.")] = 10,
     threads: Annotated[int | None, _option("CPU threads. Default: torch's.")] = None,
     seed: Annotated[int, _option("Seed of the inputs.")] = 0,
     csv_file: Annotated[Path | None, _option("Append the rows to this file.", "--csv")] = None,
+    plot: Annotated[Path | None, _option("Draw time against length and budget: .png, .svg or .pdf.")] = None,
+    draw_only: Annotated[bool, _option("Measure nothing: --plot what --csv holds.", "--draw-only")] = False,
     as_json: Annotated[bool, _option("Print the rows as JSON, and nothing else, on stdout.", "--json")] = False,
     quiet: Annotated[bool, _option("No progress bar.", "--quiet", "-q")] = False,
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
@@ -54,35 +63,52 @@ def bench(
     import torch
     from tqdm import tqdm
 
-    from ..benchmark import measure
+    from ..benchmark import Extras, measure
 
-    sizes = {"heads": heads, "head-dim": head_dim, "batch": batch, "repeats": repeats, "threads": threads}
-    for name, number in sizes.items():
+    counts = {"heads": heads, "head-dim": head_dim, "batch": batch, "repeats": repeats, "threads": threads}
+    for name, number in counts.items():
         if number is not None and number < 1:
             raise WrongUsageError(f"--{name} must be at least 1, but is {number}.")
-    if shape is not None:
-        calls = _named_calls(shape)
-    else:
+    _check_files(csv_file, plot, official, draw_only)
+    if draw_only:
+        save_plot(rows_to_draw(csv_file, []), plot)
+        return
+    calls = _named_calls(shape) if shape is not None else []
+    if shape is None:
         calls = [{"grid": sizes, "heads": heads, "head_dim": head_dim} for sizes in _grids(tokens, grid)]
     cases = _cases(calls, compute_budget, preset, backend, dtype.split(","), device)
     cases = [replace(case, batch=batch, seed=seed) for case in cases]
-    if csv_file is not None:
-        _check_csv(csv_file)
     if threads is not None:
         torch.set_num_threads(threads)
-    environment = _environment(device)
-    rows = []
+    extras = Extras(flex=flex, naive=naive, official=official, stages=stages, rounding=rounding)
+    environment, rows = environment_of(device), []
     with tqdm(total=len(cases) * repeats, disable=quiet, unit="repeat", leave=False) as bar:
         for case in cases:
             bar.set_description(f"{case.tokens} tokens, {case.dtype}")
             with as_wrong_usage(ValueError):
-                rows.append(_row(case, measure(case, repeats, bar.update, with_flex=flex), environment))
+                rows.append(describe_row(case, measure(case, repeats, bar.update, extras), environment))
             if csv_file is not None:  # row by row, so that Ctrl-C loses only what is not finished
-                _append_csv(csv_file, rows[-1])
+                append_csv(csv_file, rows[-1])
     if as_json:
         typer.echo(json.dumps(rows, indent=2, allow_nan=False))
     else:
-        _show(rows)
+        show(rows)
+    if plot is not None:
+        save_plot(rows_to_draw(csv_file, rows), plot)
+
+
+def _check_files(csv_file: Path | None, plot: Path | None, official: Path | None, draw_only: bool) -> None:
+    if csv_file is not None:
+        check_csv(csv_file)
+    if plot is not None:
+        check_plot(plot)
+    if draw_only and (plot is None or csv_file is None or not csv_file.is_file()):
+        raise WrongUsageError("--draw-only needs --plot FILE, and --csv with a file that is there.")
+    if official is not None:
+        from ..benchmark.official import find_package
+
+        with as_wrong_usage(ValueError, hint="Give its folder by --official."):
+            find_package(official)
 
 
 def _named_calls(names: str) -> list[dict[str, Any]]:
@@ -150,111 +176,6 @@ def _check_device(device: str) -> None:
         raise WrongUsageError(f"--device must be cpu, cuda or cuda:N, but is {device!r}.") from error
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise WrongUsageError(f"--device {device} is not on this machine; use --device cpu.")
-
-
-def _environment(device: str) -> dict[str, Any]:
-    import datetime
-
-    import torch
-
-    from .run_record import device_name, versions
-
-    found = versions()
-    return {
-        "device": device,
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": found["torch"],
-        "triton": found["triton"],
-        "psa_diffusers": found["psa_diffusers"],
-        "commit": found["commit"],
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _row(case, figures: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-    config = case.config
-    sizes = {
-        "tokens": case.tokens,
-        "grid": "x".join(map(str, case.grid)),
-        "text_tokens": case.text_tokens,
-        "batch": case.batch,
-        "heads": case.heads,
-        "head_dim": case.head_dim,
-        "dtype": case.dtype,
-        "rule": config.rule,
-        "compute_budget": config.compute_budget,
-        "query_block_size": config.query_block_size,
-        "kv_block_size": config.kv_block_size,
-        "num_levels": config.num_levels,
-        "seed": case.seed,
-    }
-    return {**sizes, **figures, **environment}
-
-
-def _check_csv(path: Path) -> None:
-    if not path.resolve().parent.is_dir():
-        raise WrongUsageError(f"there is no folder {path.parent} for --csv {path}.")
-    if path.is_dir():
-        raise WrongUsageError(f"--csv {path} is a folder; name a file.")
-
-
-def _append_csv(path: Path, row: dict[str, Any]) -> None:
-    """Append a row; a new file gets the column names first, and one with other columns is left alone."""
-    is_new = not path.exists() or path.stat().st_size == 0
-    if not is_new:
-        with path.open(newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file))
-        if columns != list(row):
-            raise WrongUsageError(f"{path} has other columns than this version writes; name a new file by --csv.")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{item:.6g}" if isinstance(item, float) else item for name, item in row.items()})
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    first = rows[0]
-    title = f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}; milliseconds, medians"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    names = (
-        "tokens",
-        "dtype",
-        "backend",
-        "budget",
-        "dense",
-        "plan",
-        "attend",
-        "speedup",
-        "ideal",
-        "error",
-        "memory/KV",
-    )
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in rows:
-        milliseconds = [f"{1e3 * row[f'{stage}_median']:.1f}" for stage in ("dense", "plan", "attend")]
-        memory = row["peak_extra_over_kv"]
-        table.add_row(
-            str(row["tokens"]),
-            row["dtype"],
-            row["backend"],
-            f"{row['achieved_budget']:.3f}",
-            *milliseconds,
-            f"{row['speedup']:.2f}x",
-            f"{row['ideal_speedup']:.2f}x",
-            f"{row['relative_error']:.3f}",
-            "-" if memory is None else f"{memory:.2f}",
-        )
-    console = Console()
-    if not console.is_terminal:  # a file has no width to keep to
-        console.width = 120
-    console.print(table)
 
 
 def main() -> None:

@@ -84,7 +84,15 @@ class StepWatcher:
         self.timer.close()
 
 
-def generate(pipe: Any, prompt: str, settings: GenerationSettings, *, sparse: bool, quiet: bool = False) -> Generated:
+def generate(
+    pipe: Any,
+    prompt: str,
+    settings: GenerationSettings,
+    *,
+    sparse: bool,
+    quiet: bool = False,
+    label: str | None = None,
+) -> Generated:
     """Make one video. The noise comes from the seed on the CPU, so that it is the same on every device.
 
     Args:
@@ -93,12 +101,13 @@ def generate(pipe: Any, prompt: str, settings: GenerationSettings, *, sparse: bo
         settings: Size, steps, seed and the PSA config.
         sparse: With PSA by ``settings.config``, or dense.
         quiet: No progress bar.
+        label: Of the progress bar; default PSA or dense.
     """
     import torch
 
     if sparse:
         plugin.switch_on(pipe, settings.config)
-    watcher = StepWatcher(pipe, settings, sparse, "PSA" if sparse else "dense", quiet)
+    watcher = StepWatcher(pipe, settings, sparse, label or ("PSA" if sparse else DENSE), quiet)
     try:
         start = time.perf_counter()
         output = pipe(

@@ -16,7 +16,7 @@ from . import pipeline, run_record, settings
 from .denoise import Generated, generate
 from .errors import WrongUsageError
 from .output import DENSE_VIDEO, SIDE_BY_SIDE, VIDEO, RunFolder, default_folder, plan_folders
-from .processes import Processes
+from .processes import Processes, own_device
 
 Say = Callable[[str], None]
 
@@ -92,9 +92,7 @@ def _of_this_process(processes: Processes, prompts_file: Path | None, machine: t
         raise WrongUsageError(
             "several processes share the prompts of a file: use --prompts-file, or start one process."
         )
-    if machine[0] not in (None, "cpu"):
-        raise WrongUsageError(f"--device {machine[0]}: leave it out, so that each process gets a device of its own.")
-    return (processes.device, *machine[1:])
+    return own_device(processes, machine)
 
 
 def resolve_settings(

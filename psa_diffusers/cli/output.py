@@ -84,7 +84,7 @@ def plan_folders(
         existing = folder.existing()
         if existing and not overwrite:
             record = folder.record()
-            if not numbered or not _answers(record, request):
+            if not numbered or not answers(record, request):
                 raise WrongUsageError(
                     f"{folder.path} already holds {', '.join(existing)}. Add --overwrite to replace, or name another "
                     "folder by --output."
@@ -99,7 +99,7 @@ def plan_folders(
     return folders
 
 
-def _answers(record: dict[str, Any], request: dict[str, Any]) -> bool:
+def answers(record: dict[str, Any], request: dict[str, Any]) -> bool:
     """Whether the record is of this request. Which one of several GPUs made it does not matter."""
     wanted = json.loads(json.dumps(request))
     given = {name: record.get(name) for name in wanted}

@@ -58,10 +58,11 @@ class Processes:
 class LaunchedProcesses(Processes):
     """Processes that a launcher started, one a device. They exchange a few words over gloo, also on GPUs."""
 
-    def __init__(self, expected: int, on_cpu: bool):
+    def __init__(self, expected: int, on_cpu: bool, command: str):
         import torch
         from accelerate import PartialState
 
+        self.command = command
         state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), backend="gloo", timeout=_PATIENCE)
         if state.num_processes != expected:  # else each of them would make everything
             raise WrongUsageError(
@@ -77,7 +78,7 @@ class LaunchedProcesses(Processes):
         try:
             outcome = (work(), None)
         except Exception as caught:
-            error, outcome = caught, (None, explain("psa-generate", caught))
+            error, outcome = caught, (None, explain(self.command, caught))
         outcomes = self._gather(outcome)
         failures = {index: failure for index, (_, failure) in enumerate(outcomes) if failure is not None}
         if failures:
@@ -101,16 +102,24 @@ class LaunchedProcesses(Processes):
         return items
 
 
-def find_processes(device: str | None) -> Processes:
+def find_processes(device: str | None, command: str = "psa-generate") -> Processes:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
 
     Args:
         device: What the user asked to run on.
+        command: Its name, for errors.
     """
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
     sizes = [int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()]
     count = max(sizes, default=1)
-    return LaunchedProcesses(count, on_cpu=device == "cpu") if count > 1 else Processes()
+    return LaunchedProcesses(count, on_cpu=device == "cpu", command=command) if count > 1 else Processes()
+
+
+def own_device(processes: Processes, machine: tuple) -> tuple:
+    """The machine's options (device first), with the device that the launcher gave to this process."""
+    if machine[0] not in (None, "cpu"):
+        raise WrongUsageError(f"--device {machine[0]}: leave it out, so that each process gets a device of its own.")
+    return (processes.device, *machine[1:])
 
 
 def joint_error(failures: dict[int, tuple[int, str]], count: int) -> JointError:

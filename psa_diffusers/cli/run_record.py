@@ -104,6 +104,7 @@ def describe_run(run: Generated) -> dict[str, Any]:
         "dense_reasons": dict(counted.dense_reasons),
         "fallbacks": fallbacks(counted),
         "notes": list(counted.notes),
+        "warnings": dict(counted.warnings),
     }
 
 

@@ -1,4 +1,4 @@
-"""What psa-generate says at its end."""
+"""What psa-generate and psa-compare say at their end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def show(record: dict[str, Any]) -> None:
         console.print(f"Stayed dense in {fallback['calls']} calls: {fallback['reason']}", soft_wrap=True, markup=False)
     for note in record["notes"]:
         console.print(note, soft_wrap=True, markup=False)
+    for warning, count in record["warnings"].items():
+        console.print(f"Warning: {count} {warning}", soft_wrap=True, markup=False)
     files = ", ".join(record["files"].values())
     console.print(f"{Path(record['folder'])}: {files}, run.json", soft_wrap=True, markup=False, highlight=False)
 
@@ -55,3 +57,40 @@ def _comparison_table(record: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def show_comparison(results: dict[str, Any]) -> None:
+    """Print the totals of a comparison, its notes, and where its files are."""
+    console = Console()
+    if not console.is_terminal:  # a file has no width to keep to
+        console.width = 120
+    dense = results["totals"][0]
+    title = f"{_count(dense['clips'], 'clip')} of {_count(dense['prompts'], 'prompt')}; means"
+    if results["totals"][1]["ssim"]["low"] is not None:
+        title += f" with {results['confidence']:.0%} intervals"
+    names = ("setting", "budget", "PSNR dB", "SSIM", "LPIPS", "flicker", "seconds", "speedup")
+    table = Table(*names, title=title, title_justify="left")
+    for entry in results["totals"]:
+        table.add_row(
+            entry["setting"],
+            _interval(entry["compute_budget_sparse"], 3),
+            _interval(entry["psnr"], 2) if not entry["identical"] else f"{entry['identical']} identical",
+            *(_interval(entry[name], digits) for name, digits in (("ssim", 4), ("lpips", 4), ("flicker", 3))),
+            _interval(entry["seconds"], 2),
+            _interval(entry["speedup"], 2),
+        )
+    console.print(table)
+    for note in results["notes"]:
+        console.print(note, soft_wrap=True, markup=False)
+    page = "report.html, " * (Path(results["folder"]) / "report.html").is_file()
+    files = f"{page}compare.json, totals.csv, clips.csv, frames.csv, videos/"
+    console.print(f"{results['folder']}: {files}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _interval(mean: dict[str, Any], digits: int) -> str:
+    value, low, high = (_number(mean[name], digits) for name in ("value", "low", "high"))
+    return value if mean["low"] is None else f"{value}\n{low} to {high}"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +25,15 @@ def target_of(device: torch.device) -> str:
     """The target of a device as the tile tables name it ("sm_90", "gfx942"); "cpu" under the interpreter."""
     if device.type != "cuda":
         return "cpu"
-    properties = torch.cuda.get_device_properties(device)
+    properties = _properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)  # asks more of the host than it seems
 
 
 def tensor_obstacle(query: Tensor) -> str | None:
@@ -34,7 +41,7 @@ def tensor_obstacle(query: Tensor) -> str | None:
     if query.device.type != "cuda" and not (query.device.type == "cpu" and INTERPRETED):
         return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
     if query.device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_properties(query.device)
+        capability = _properties(query.device)
         if capability.major < 8:
             return f"the GPU must have compute capability 8.0 or newer, but has {capability.major}.{capability.minor}"
     if query.dtype not in DTYPES:

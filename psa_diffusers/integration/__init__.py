@@ -2,14 +2,17 @@
 
 from .capture import AttentionCall, capture_attention
 from .install import disable_psa, enable_psa, psa_statistics
+from .level_masks import LevelMask, capture_level_masks
 from .processor import PSAProcessor
 from .statistics import PSAStatistics
 
 __all__ = [
     "AttentionCall",
+    "LevelMask",
     "PSAProcessor",
     "PSAStatistics",
     "capture_attention",
+    "capture_level_masks",
     "disable_psa",
     "enable_psa",
     "psa_statistics",

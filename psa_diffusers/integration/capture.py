@@ -102,7 +102,7 @@ def capture_attention(
     chosen = {"steps": steps, "layers": layers, "branches": branches}
     recorder = _Recorder({name: None if kept is None else frozenset(kept) for name, kept in chosen.items()})
     recorder.every, recorder.device = every, device
-    handles = [handle for model in models for handle in _watch(model, recorder)]
+    handles = [handle for model in models for handle in watch_attention(model, recorder)]
     before = operations.build_plan, operations.attend
     operations.build_plan, operations.attend = recorder.build_plan, recorder.attend
     try:
@@ -154,8 +154,8 @@ class _Recorder:
             self.calls.append(AttentionCall(*tensors, options, forward.step, slot.layer, forward.branch, slot.name))
 
 
-def _watch(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
-    """Hooks that tell the recorder which attention module is being called."""
+def watch_attention(model: nn.Module, recorder: Any) -> Iterator[Any]:
+    """Hooks that set ``recorder.module`` to the attention module that is being called, if it is PSA's."""
 
     def begin(module: nn.Module, args: tuple) -> None:
         recorder.module = module if isinstance(module.processor, PSAProcessor) else None

@@ -20,6 +20,7 @@ from . import operations, parallel
 from .caches import cache_config, extrapolation_note
 from .compiled import intercepted, register_processor
 from .discovery import no_transformer, transformers_of
+from .guards import early_warning
 from .native import OUTSIDE, PATCH, SLOT, AttentionSlot, ModelPatch, SparseProcessor, attach, reroute, widen_signature
 from .schedule import STEP_UNKNOWN, Step, StepClock, dense_reason, dense_steps, rounding_note
 from .statistics import PSAStatistics
@@ -97,6 +98,7 @@ class PSAProcessor(SparseProcessor):
         self._counted: tuple[Step | None, int, int] = (None, 0, 0)  # step, transformer, forwards of it in the step
         self._plans: dict[tuple[AttentionSlot, str | int, int], tuple[int, tuple, TokenLayout, Plan]] = {}
         self._warned = False
+        self._warned_of: set[str] = set()
 
     def _build_routes(self) -> None:
         self._id, self._prepared = register_processor(self), bool(self._slots)
@@ -202,6 +204,10 @@ class PSAProcessor(SparseProcessor):
         for note in notes if new_run else ():
             if note is not None:
                 self.statistics.note(note)
+        warning = early_warning(self.config, step.total) if new_run else None
+        if warning is not None and warning not in self._warned_of:
+            self._warned_of.add(warning)
+            logger.warning(warning)
         # Where a cache skips calls, a plan's last use may not come.
         kept = self._plans.items()
         self._plans = {owner: plan for owner, plan in kept if self._plan_ends(plan[0], step) > step.index}
@@ -305,7 +311,7 @@ class PSAProcessor(SparseProcessor):
         slot.calls += 1
         if statistics.backend is None:
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
-        with statistics.timed("attention", query.device):
+        with statistics.timed("attention", query.device, after="planning"):
             output = operations.attend(query, key, value, config, plan, scale)
         statistics.count_sparse(plan, group, layer=slot.layer, branch=self._call.branch)
         return output

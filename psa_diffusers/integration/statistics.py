@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..planning.plan import Plan
+from ..planning.plan import Plan, mean_cost
 from ..planning.sharing import mean_over_heads
+from .guards import run_warnings
 from .schedule import STEP_UNKNOWN, Step
 
 DENSE, SPARSE, SKIPPED = "dense", "sparse", "skipped"
@@ -76,7 +77,8 @@ class PSAStatistics:
         self.planner: str | None = None
         self.planner_reason: str | None = None
         self.notes: list[str] = []
-        self._budget_sum: torch.Tensor | float = 0.0
+        self._budget_sum = 0.0  # of the calls whose costs were read
+        self._unread: list[tuple[SparseCall, torch.Tensor | None]] = []
         self._seconds = {"planning": 0.0, "attention": 0.0}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._last: dict[str, Duration] = {"planning": 0.0, "attention": 0.0}
@@ -101,16 +103,12 @@ class PSAStatistics:
         self.sparse_calls += 1
         if self.planner is None:
             self.planner, self.planner_reason = plan.planner, plan.planner_reason
-        counts = plan.level_counts()
-        cost = plan.mean_cost(counts)
+        counts, cost = plan.level_counts(), None
+        if heads_group is not None:  # every process takes part, so it cannot wait until someone reads
+            cost = mean_over_heads(plan.mean_cost(counts), plan.level_mask.shape[1], heads_group)
         facts = (plan.num_levels, plan.kv_block_size, self._last["planning"])
         self.calls.append(SparseCall(self._step, layer, branch, counts, *facts))
-        if heads_group is not None:
-            cost = mean_over_heads(cost, plan.level_mask.shape[1], heads_group)
-        total = self._budget_sum
-        if isinstance(total, torch.Tensor):
-            total = total.to(cost.device, non_blocking=True)
-        self._budget_sum = total + cost
+        self._unread.append((self.calls[-1], cost))
         if self.steps:
             self.steps[-1] = (*self.steps[-1][:2], SPARSE)
         for note in plan.notes:
@@ -121,16 +119,18 @@ class PSAStatistics:
             self.notes.append(text)
 
     @contextmanager
-    def timed(self, part: str, device: torch.device) -> Iterator[None]:
-        """Adds the time of the ``with`` block to ``part``: by the clock on a CPU, by events on a GPU."""
+    def timed(self, part: str, device: torch.device, after: str | None = None) -> Iterator[None]:
+        """Adds the time of the ``with`` block to ``part``: by the clock on a CPU, by events on a GPU.
+
+        ``after`` names the part that has ended just before: on a GPU, where an event takes the host as long as a
+        launch, its end is this one's beginning.
+        """
         if device.type == "cuda":
-            with torch.cuda.device(device):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                yield
-                end.record()
-            self._events.append((part, start, end))
-            self._last[part] = (start, end)
+            stream = torch.cuda.current_stream(device)
+            start = _mark(stream) if after is None else self._last[after][1]
+            yield
+            self._last[part] = (start, _mark(stream))
+            self._events.append((part, *self._last[part]))
         else:
             started = time.perf_counter()
             yield
@@ -162,13 +162,26 @@ class PSAStatistics:
     @property
     def compute_budget_sparse(self) -> float | None:
         """Mean achieved compute budget of the sparse calls (dense = 1); None if there were none."""
-        return float(self._budget_sum) / self.sparse_calls if self.sparse_calls else None
+        return self._read_costs() / self.sparse_calls if self.sparse_calls else None
 
     @property
     def compute_budget_all(self) -> float | None:
         """Mean achieved compute budget of all self-attention calls, dense ones counting 1; None if there were none."""
         calls = self.sparse_calls + self.dense_calls
-        return (float(self._budget_sum) + self.dense_calls) / calls if calls else None
+        return (self._read_costs() + self.dense_calls) / calls if calls else None
+
+    def _read_costs(self) -> float:
+        """The sum of the sparse calls' mean costs."""
+        unread, self._unread = self._unread, []
+        counts = read_together([call.counts for call, _ in unread])
+        for (call, shared), own in zip(unread, counts, strict=True):
+            cost = mean_cost(own, call.num_levels, call.kv_block_size) if shared is None else shared
+            self._budget_sum += float(cost)
+        return self._budget_sum
+
+    def level_counts(self) -> list[torch.Tensor]:
+        """Of each sparse call how many block pairs it read at each level, int64 [levels, batch, heads] on the CPU."""
+        return read_together([call.counts for call in self.calls])
 
     @property
     def planning_seconds(self) -> float:
@@ -187,6 +200,15 @@ class PSAStatistics:
         self._events.clear()
         return self._seconds[part]
 
+    @property
+    def warnings(self) -> dict[str, int]:
+        """Known signs of lost quality or time, each with the number of steps or calls that show it.
+
+        Sparse steps before a quarter of the run; calls that are read almost wholly at the coarsest level; calls that
+        took longer to plan than to attend.
+        """
+        return run_warnings(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain values, ready for JSON."""
         names = (
@@ -197,7 +219,24 @@ class PSAStatistics:
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["steps"] = [list(step) for step in self.steps]
         values["notes"] = list(self.notes)
+        values["warnings"] = self.warnings
         return values
 
     def __repr__(self) -> str:
         return f"PSAStatistics(sparse_calls={self.sparse_calls}, dense_reasons={self.dense_reasons})"
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def read_together(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the CPU: one copy for all of one device and shape."""
+    found: list[torch.Tensor | None] = [None] * len(tensors)
+    for kind in dict.fromkeys((tensor.device, tensor.shape) for tensor in tensors):
+        places = [i for i, tensor in enumerate(tensors) if (tensor.device, tensor.shape) == kind]
+        for place, tensor in zip(places, torch.stack([tensors[i] for i in places]).cpu(), strict=True):
+            found[place] = tensor
+    return found

@@ -24,11 +24,13 @@ class LPIPSResult:
         reason: Why ``value`` is None.
         invalid_value: What came out with weights that are not AlexNet's. It shows that the computation runs; it is
             not LPIPS and must never be reported as such.
+        frames: The distance of every frame; None where ``value`` is.
     """
 
     value: float | None
     reason: str | None = None
     invalid_value: float | None = None
+    frames: list[float] | None = None
 
 
 def lpips(reference: np.ndarray, video: np.ndarray, weights: str | Path | None = None, batch: int = 8) -> LPIPSResult:
@@ -53,11 +55,12 @@ def lpips(reference: np.ndarray, video: np.ndarray, weights: str | Path | None =
         network = _build(module, path)
     except Exception as error:
         return LPIPSResult(None, f"{path} does not hold AlexNet weights: {type(error).__name__}.")
-    value = _mean_distance(network, reference, video, batch)
+    frames = _distances(network, reference, video, batch)
+    value = sum(frames) / len(frames)
     if not _sha256(path).startswith(ALEXNET_SHA256):
         reason = f"{path} is not torchvision's AlexNet ({ALEXNET_FILE}), so the result is invalid."
         return LPIPSResult(None, reason, invalid_value=value)
-    return LPIPSResult(value)
+    return LPIPSResult(value, frames=frames)
 
 
 def _import_lpips():
@@ -97,7 +100,7 @@ def _build(module, path: Path):
     return network
 
 
-def _mean_distance(network, reference: np.ndarray, video: np.ndarray, batch: int) -> float:
+def _distances(network, reference: np.ndarray, video: np.ndarray, batch: int) -> list[float]:
     import torch
 
     def tensor(frames: np.ndarray):
@@ -108,7 +111,7 @@ def _mean_distance(network, reference: np.ndarray, video: np.ndarray, batch: int
         for start in range(0, len(video), batch):
             part = slice(start, start + batch)
             distances.append(network(tensor(reference[part]), tensor(video[part])).flatten())
-    return float(torch.cat(distances).mean())
+    return torch.cat(distances).tolist()
 
 
 def _sha256(path: Path) -> str:

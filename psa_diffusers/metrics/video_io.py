@@ -1,4 +1,4 @@
-"""Videos as arrays: uint8 [frames, height, width, 3], and as H.264 mp4 files."""
+"""Videos as arrays: uint8 [frames, height, width, 3], as H.264 mp4 files, and as lossless ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 # Visually lossless H.264, in a file that starts to play before it is read whole. With a given number of threads x264
 # writes the same file of the same frames whatever the number of cores.
 _H264_OPTIONS = ["-crf", "17", "-preset", "medium", "-threads", "4", "-movflags", "+faststart"]
+_FFV1_OPTIONS = ["-level", "3", "-g", "1", "-slicecrc", "1"]
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -75,16 +76,31 @@ def write_video(path: str | Path, video: np.ndarray, fps: float) -> None:
         raise ValueError(f"write_video: height and width must be even for H.264 yuv420p, but are {height} and {width}.")
     if not fps > 0:
         raise ValueError(f"write_video: fps must be above 0, but is {fps!r}.")
+    _encode(path, video, fps, "libx264", "yuv420p", _H264_OPTIONS)
+
+
+def write_lossless(path: str | Path, video: np.ndarray, fps: float) -> None:
+    """Write a video as mkv (FFV1 in RGB), whole or not at all: :func:`read_video` gives back every bit.
+
+    Arguments and errors as for :func:`write_video`; height and width may be odd.
+    """
+    video = check_video("video", video)
+    if not fps > 0:
+        raise ValueError(f"write_lossless: fps must be above 0, but is {fps!r}.")
+    _encode(path, video, fps, "ffv1", "gbrp", _FFV1_OPTIONS)
+
+
+def _encode(path: str | Path, video: np.ndarray, fps: float, codec: str, pixels: str, options: list[str]) -> None:
     with whole_file(path) as partial:
         writer = imageio.get_writer(
             partial,
             format="FFMPEG",
             fps=fps,
-            codec="libx264",
+            codec=codec,
             quality=None,
-            pixelformat="yuv420p",
-            macro_block_size=1,  # never resize; evenness is checked above
-            output_params=_H264_OPTIONS,
+            pixelformat=pixels,
+            macro_block_size=1,  # never resize
+            output_params=options,
             ffmpeg_log_level="error",
         )
         try:

@@ -33,6 +33,7 @@ from .validation import (
     check_scale,
     check_tensors,
 )
+from .value_gain import measure_value_gain
 
 
 @torch.no_grad()
@@ -104,9 +105,36 @@ def build_plan(
         num_levels=config.num_levels,
         order=layout.order,
         key_lengths=lengths,
+        value_gain=_value_gain(query, key, value, levels, config, layout, lengths, scale),
         notes=_notes(config, layout, levels.shape),
         planner=planner,
         planner_reason=reason,
+    )
+
+
+def _value_gain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    levels: Tensor,
+    config: PSAConfig,
+    layout: Layout,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor | None:
+    """float32 [batch, heads] where the config asks for a measured value correction."""
+    if config.value_correction != "fitted":
+        return None
+    size, real = config.kv_block_size, None
+    if lengths is not None:
+        real = real_positions(key.shape[1], size, layout.order, lengths, key.device)
+    return measure_value_gain(
+        *(query, key, value, levels, layout.order, real),
+        query_block_size=config.query_block_size,
+        kv_block_size=size,
+        num_levels=config.num_levels,
+        scale=scale,
+        seed=config.seed,
     )
 
 

@@ -36,8 +36,7 @@ def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str |
             return f"they plan with {name}={value!r} alone, but it is {getattr(config, name)!r}"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and they are not part of its graph"
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if query.device.type != "cuda" and not (interpreted and query.device.type == "cpu"):
+    if query.device.type != "cuda" and not (_is_interpreted() and query.device.type == "cpu"):
         return f"the tensors are on {query.device}, not on a CUDA or ROCm GPU"
     obstacle = _import_obstacle()
     if obstacle is not None:
@@ -45,6 +44,10 @@ def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str |
     from .triton import why_unsupported
 
     return why_unsupported(query, key_length, config)
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @lru_cache(maxsize=1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..products import linear
 from .blocks import block_rows, rows_per_chunk, unpadded_positions
 from .sampling import Samples
 
 _STRIDE = 8  # of the antidiagonals, XAttention's (arXiv 2503.16428)
+_Of = tuple[slice, slice]  # samples and heads
 _NOTHING = -1e30  # logit of what is not there; finite, so that no inf - inf arises
 
 
@@ -44,18 +48,48 @@ def sampled_importance(query: Samples, key: Samples, *, scale: float, reduction:
     if bias is not None:  # as one more feature: the product adds it at no cost
         queries = torch.nn.functional.pad(queries, (0, 1), value=1.0)
         keys = torch.cat([keys, bias[:, None, :, :, None].expand(batch, heads, -1, -1, 1)], dim=-1)
-    keys = keys.reshape(batch, heads, kv_samples * kv_blocks, -1).transpose(2, 3)
+    keys = keys.reshape(batch, heads, kv_samples * kv_blocks, -1)
     score = queries.new_empty(batch, heads, blocks, kv_blocks)
     energy = torch.empty_like(score)
-    step = _score_chunk(queries, batch * heads * samples * kv_samples * kv_blocks)
-    for start in range(0, blocks, step):
-        stop = min(start + step, blocks)
-        rows = queries[:, :, :, start:stop].reshape(batch, heads, samples * (stop - start), -1)
-        shares = torch.softmax(rows @ keys, dim=-1)
-        shares = shares.view(batch, heads, samples, stop - start, kv_samples, kv_blocks)
-        valid = None if query.valid is None else query.valid[:, None, :, start:stop, None]
-        _reduce(shares, valid, reduction, score[:, :, start:stop], energy[:, :, start:stop])
+    for of, part in _parts(batch, heads, blocks, samples * kv_samples * kv_blocks, queries):
+        rows = queries[of][:, :, :, part]
+        logits = _products(rows.flatten(2, 3), keys[of])
+        shares = torch.softmax(logits, dim=-1, out=logits)
+        shares = shares.view(*rows.shape[:4], kv_samples, kv_blocks)
+        valid = None if query.valid is None else query.valid[_samples_of(query.valid, of), None, :, part, None]
+        _reduce(shares, valid, reduction, score[of][:, :, part], energy[of][:, :, part])
     return Importance(score, energy)
+
+
+def _parts(batch: int, heads: int, blocks: int, per_block: int, like: Tensor) -> Iterator[tuple[_Of, slice]]:
+    """Samples and heads, and blocks of queries, whose scores, ``per_block`` each, are in memory at once.
+
+    On a CPU it is one head, and elsewhere all.
+    """
+    places: list[_Of] = [(slice(None), slice(None))]
+    if like.device.type == "cpu":
+        places = [(slice(n, n + 1), slice(h, h + 1)) for n in range(batch) for h in range(heads)]
+    step = _score_chunk(like, per_block * batch * heads // len(places))
+    for of, start in itertools.product(places, range(0, blocks, step)):
+        yield of, slice(start, min(start + step, blocks))
+
+
+def _score_chunk(rows: Tensor, numel_per_block: int) -> int:
+    """Query blocks whose scores are in memory at once: what stays in a CPU's cache, an eighth of the rows elsewhere."""
+    limit = 2**18 if rows.device.type == "cpu" else max(2**24, rows.numel())
+    return max(1, limit // numel_per_block)
+
+
+def _samples_of(mask: Tensor, of: _Of) -> slice:
+    """Those samples of a mask [batch or 1, ...]."""
+    return of[0] if mask.shape[0] > 1 else slice(None)
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """[batch, heads, n, m] from rows [batch, heads, n, k] and columns [batch, heads, m, k]."""
+    if rows.shape[0] * rows.shape[1] == 1:
+        return linear(rows[0, 0], columns[0, 0].contiguous())[None, None]
+    return rows @ columns.transpose(2, 3)
 
 
 def _reduce(shares: Tensor, valid: Tensor | None, reduction: str, score: Tensor, energy: Tensor) -> None:
@@ -85,12 +119,6 @@ def _sample_bias(key: Samples) -> Tensor | None:
     return torch.where(key.valid, weights.clamp(min=1e-6).log(), _NOTHING)
 
 
-def _score_chunk(rows: Tensor, numel_per_block: int) -> int:
-    """Query blocks whose scores are in memory at once: what stays in a CPU's cache, an eighth of the rows elsewhere."""
-    limit = 2**18 if rows.device.type == "cpu" else max(2**24, rows.numel())
-    return max(1, limit // numel_per_block)
-
-
 def centroid_energy(
     query: Samples, key_mean: Tensor, key_spread: Tensor, key_counts: Tensor | None, block_size: int, *, scale: float
 ) -> Tensor:
@@ -106,25 +134,23 @@ def centroid_energy(
     """
     batch, heads, samples, blocks, _ = query.rows.shape
     kv_blocks = key_mean.shape[2]
-    key_spread = key_spread.transpose(2, 3) * 0.5
+    half_spread = key_spread * 0.5
     energy = key_mean.new_empty(batch, heads, blocks, kv_blocks)
-    key_mean = key_mean.transpose(2, 3).flatten(0, 1)
-    step = _score_chunk(query.rows, batch * heads * samples * kv_blocks)
-    for start in range(0, blocks, step):
-        stop = min(start + step, blocks)
-        rows = query.rows[:, :, :, start:stop].reshape(batch, heads, samples * (stop - start), -1) * scale
-        half_variance = rows.square() @ key_spread
+    bias = None if key_counts is None else _count_bias(key_counts)[:, None, None, :]
+    for of, part in _parts(batch, heads, blocks, samples * kv_blocks, query.rows):
+        rows = query.rows[of][:, :, :, part]
+        scaled = rows.flatten(2, 3) * scale
+        logits = _products(scaled.square(), half_spread[of])
         # The largest of n keys holds at most the mass of n: beyond it the logits are not normal.
-        half_variance.clamp_(max=math.log(block_size))
-        logits = torch.baddbmm(half_variance.flatten(0, 1), rows.flatten(0, 1), key_mean).view_as(half_variance)
-        if key_counts is not None:
-            logits += _count_bias(key_counts)[:, None, None, :]
-        mass = torch.softmax(logits, dim=-1).view(batch, heads, samples, stop - start, kv_blocks).square_()
+        logits.clamp_(max=math.log(block_size)).add_(_products(scaled, key_mean[of]))
+        if bias is not None:
+            logits += bias[_samples_of(bias, of)]
+        mass = torch.softmax(logits, dim=-1, out=logits).view(*rows.shape[:4], kv_blocks).square_()
         if query.valid is None:
-            energy[:, :, start:stop] = mass.mean(2)
+            energy[of][:, :, part] = mass.mean(2)
         else:
-            valid = query.valid[:, None, :, start:stop, None]
-            energy[:, :, start:stop] = (mass * valid).sum(2) / valid.sum(2).clamp(min=1)
+            valid = query.valid[_samples_of(query.valid, of), None, :, part, None]
+            energy[of][:, :, part] = (mass * valid).sum(2) / valid.sum(2).clamp(min=1)
     return energy
 
 

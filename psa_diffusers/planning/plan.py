@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+LEVEL_TOTALS = "level totals"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -23,6 +25,7 @@ class Plan:
         query_length, key_length: Tokens of the sequences that the plan was made for.
         query_block_size, kv_block_size, num_levels: As in :class:`PSAConfig`.
         key_lengths: int64 [batch] or None; raster positions from that one on are padding, which no one reads.
+        value_gain: float32 [batch, heads], how much of the value correction each head gets; None = all of it.
         notes: What the planner had to report, e.g. that the full tokens alone exceed the budget.
         planner, planner_reason: What made the plan, ``"torch"`` or ``"triton"``, and why that one. None for a plan that
             was made by hand.
@@ -36,10 +39,12 @@ class Plan:
     num_levels: int
     order: Tensor | None = None
     key_lengths: Tensor | None = None
+    value_gain: Tensor | None = None
     notes: tuple[str, ...] = ()
     planner: str | None = None
     planner_reason: str | None = None
-    # What a backend derives from the level mask (block lists, granules), kept as long as the plan is. Keyed by backend.
+    # What a backend derives from the level mask (block lists, granules), kept as long as the plan is. Keyed by backend;
+    # and LEVEL_TOTALS, where a backend counts the pairs on its way: int64 [batch, heads, num_levels + 2].
     cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -66,6 +71,8 @@ class Plan:
     def level_counts(self) -> Tensor:
         """int64 [num_levels + 2, batch, heads] on the plan's device (no synchronisation): block pairs with real keys at
         each level (skip, 1 .. num_levels, centroid)."""
+        if self.key_lengths is None and LEVEL_TOTALS in self.cache:
+            return self.cache[LEVEL_TOTALS].permute(2, 0, 1)
         counted, real = None, self.real_keys()
         if real is not None:
             padded = torch.nn.functional.pad(real, (0, self.kv_blocks * self.kv_block_size - self.key_length))
@@ -80,12 +87,7 @@ class Plan:
         ``counts`` is what :meth:`level_counts` gives, where it is there already.
         """
         counts = self.level_counts() if counts is None else counts
-        pairs = counts.sum((1, 2)).double()
-        total = pairs.new_zeros(())
-        for level in range(1, self.num_levels + 2):
-            cost = 2.0 ** -(level - 1) if level <= self.num_levels else 1 / self.kv_block_size
-            total = total + pairs[level] * cost
-        return total / pairs.sum().clamp(min=1)
+        return mean_cost(counts, self.num_levels, self.kv_block_size)
 
     @property
     def compute_budget(self) -> float:
@@ -97,3 +99,13 @@ class Plan:
         """Share of block pairs with real keys that are read at any level. Synchronises a GPU; not for hot paths."""
         pairs = self.level_counts().sum((1, 2)).double()
         return float(pairs[1:].sum() / pairs.sum().clamp(min=1))
+
+
+def mean_cost(counts: Tensor, num_levels: int, kv_block_size: int) -> Tensor:
+    """float64 scalar: the mean cost of block pairs, from how many there are at each level, [num_levels + 2, ...]."""
+    pairs = counts.flatten(1).sum(1).double()
+    total = pairs.new_zeros(())
+    for level in range(1, num_levels + 2):
+        cost = 2.0 ** -(level - 1) if level <= num_levels else 1 / kv_block_size
+        total = total + pairs[level] * cost
+    return total / pairs.sum().clamp(min=1)

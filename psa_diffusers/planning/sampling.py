@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .blocks import unpadded_positions
+from .blocks import take_tokens, unpadded_positions
 
 _MIX = 0x9E3779B97F4A7C15
 
@@ -113,7 +113,7 @@ def draw_samples(
     if order is not None:
         positions = order[positions]
     if positions.shape[0] == 1:
-        rows = tokens.index_select(1, positions[0])
+        rows = take_tokens(tokens, positions[0])
     else:
         index = positions[:, :, None, None].expand(-1, -1, heads, head_dim)
         rows = tokens.gather(1, index)

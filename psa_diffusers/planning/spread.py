@@ -78,13 +78,15 @@ def _halve_whole(rows: Tensor, out: Tensor) -> Tensor:
     merges = block_size.bit_length() - 1
     for merge in range(merges):
         first, second = rows[:, :, 0::2], rows[:, :, 1::2]
-        gap = (first - second).square_().sum(2).mul_(2.0 ** (merge - 1) / block_size)
-        total = gap if total is None else total.add_(gap)
-        rows = torch.add(first, second).mul_(0.5)
+        # Rows are sums of 2^merge tokens, which are divided at the end: exact, and an operator less.
+        gap = (first - second).square_().sum(2)
+        share = 2.0 ** (-merge - 1) / block_size
+        total = gap.mul_(share) if total is None else total.add_(gap, alpha=share)
+        rows = first + second
         if merge < out.shape[0] - 1:
             out[merge] = total
     out[-1] = total
-    return rows[:, :, 0]
+    return rows[:, :, 0] / block_size
 
 
 def _halve_counted(rows: Tensor, counts: Tensor, out: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..integration import psa_statistics
-from ..integration.statistics import Duration, SparseCall
+from ..integration.guards import seconds as seconds_of
+from ..integration.statistics import PSAStatistics, SparseCall
 from .level_losses import level_name
 
 if TYPE_CHECKING:
@@ -112,8 +111,11 @@ class PSAReport:
         """The compute budget of every step (columns) and layer (rows), dense = 1. Needs matplotlib."""
         from .plots import plot_budgets
 
-        budgets = {key: _budget_of_all(share) for key, share in self.calls.items() if None not in key}
-        return plot_budgets(budgets)
+        return plot_budgets({(step, layer): budget for step, layer, budget in self.budgets()})
+
+    def budgets(self) -> list[tuple[int, int, float]]:
+        """(step, layer, compute budget of all its calls, dense ones counting 1), where step and layer are known."""
+        return [(*key, _budget_of_all(share)) for key, share in self.calls.items() if None not in key]
 
     def __str__(self) -> str:
         return self.table()
@@ -125,37 +127,22 @@ def psa_report(pipe: Any) -> PSAReport:
     Raises:
         ValueError: PSA is not enabled on this pipeline.
     """
-    statistics = psa_statistics(pipe)
+    return report_of(psa_statistics(pipe))
+
+
+def report_of(statistics: PSAStatistics) -> PSAReport:
+    """The same of statistics that were kept, also after PSA was disabled."""
     calls: dict[tuple, Share] = {}
     heads: dict[tuple, Share] = {}
     for (step, layer, reason), count in statistics.dense.items():
         calls.setdefault((step, layer), Share()).add_dense(reason, count)
-    for call, counts in zip(statistics.calls, _read([call.counts for call in statistics.calls]), strict=True):
-        seconds, by_head = _seconds(call.planning), counts.sum(1)  # over the batch
+    for call, counts in zip(statistics.calls, statistics.level_counts(), strict=True):
+        seconds, by_head = seconds_of(call.planning), counts.sum(1)  # over the batch
         calls.setdefault((call.step, call.layer), Share()).add_pairs(by_head.sum(1).tolist(), call, seconds)
         for head, levels in enumerate(by_head.T.tolist()):
             share = heads.setdefault((call.step, call.layer, head), Share())
             share.add_pairs(levels, call, seconds / by_head.shape[1])
     return PSAReport(calls, heads)
-
-
-def _read(counts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors on the CPU: one copy for all of one device and shape."""
-    found: list[torch.Tensor | None] = [None] * len(counts)
-    kinds = dict.fromkeys((tensor.device, tensor.shape) for tensor in counts)
-    for kind in kinds:
-        places = [i for i, tensor in enumerate(counts) if (tensor.device, tensor.shape) == kind]
-        for place, tensor in zip(places, torch.stack([counts[i] for i in places]).cpu(), strict=True):
-            found[place] = tensor
-    return found
-
-
-def _seconds(duration: Duration) -> float:
-    if isinstance(duration, float):
-        return duration
-    start, end = duration
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def _cost(level: int, call: SparseCall) -> float:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from psa_diffusers.backends import products
+from psa_diffusers import products
+from psa_diffusers.backends import reads, torch_blocks
 from psa_diffusers.backends.torch_blocks import attend_torch
 
 from . import conformance
@@ -21,6 +22,15 @@ def test_conforms(check, case):
 @pytest.mark.parametrize("case", conformance.full_matrix(torch.float32, torch.float16, torch.bfloat16), ids=str)
 def test_full_matrix(case):
     conformance.check_random_plans(attend_torch, case)
+
+
+@pytest.mark.parametrize("case", conformance.cases(torch.float32), ids=str)
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_blocks_alone_and_in_parts(check, case, monkeypatch):
+    """What long sequences need: each block of queries on its own, some queries at a time."""
+    monkeypatch.setattr(reads, "MOST_ROWS_TOGETHER", 0)
+    monkeypatch.setattr(torch_blocks, "MOST_LOGITS", 512)
+    check(attend_torch, case)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -1,6 +1,7 @@
 """Work shared out among threads: done once each, in few slots, and errors come through."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -29,13 +30,22 @@ def test_every_piece_once_and_slots_not_shared(workers):
             if not open_groups[piece[2]]:
                 del open_groups[piece[2]]
 
-    run_groups(range(50), ["a", "b"], prepare, work, workers)
+    finished = []
+
+    def finish(group, slot):
+        with lock:
+            assert slot not in open_groups
+            finished.append(group)
+            assert sum(piece[0] == group for piece in done) == group % 3
+
+    run_groups(range(50), ["a", "b"], prepare, work, finish, workers)
+    assert sorted(finished) == list(range(50))
     assert sorted(done) == [(group, piece) for group in range(50) for piece in range(group % 3)]
     assert most <= 2
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("place", ["prepare", "work"])
+@pytest.mark.parametrize("place", ["prepare", "work", "finish"])
 def test_errors_come_through(workers, place):
     def step(*arguments, name):
         if name == place and arguments[0] == 2:
@@ -43,12 +53,18 @@ def test_errors_come_through(workers, place):
         return [arguments[0]]
 
     with pytest.raises(RuntimeError, match=f"in {place}"):
-        run_groups(range(5), [None], lambda *a: step(*a, name="prepare"), lambda *a: step(*a, name="work"), workers)
+        steps = (partial(step, name=name) for name in ("prepare", "work", "finish"))
+        run_groups(range(5), [None], *steps, workers)
 
 
 def test_the_callers_thread_count_stays():
     before = torch.get_num_threads()
     counts = []
-    run_groups(range(8), [0, 1], lambda group, slot: [group], lambda piece: counts.append(torch.get_num_threads()), 2)
+
+    def count(*arguments):
+        counts.append(torch.get_num_threads())
+        return [None]
+
+    run_groups(range(8), [0, 1], count, count, count, 2)
     assert torch.get_num_threads() == before
     assert set(counts) == {max(1, before // 2)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from psa_diffusers.cli.compare import app as compare_app
 from psa_diffusers.cli.errors import run_command
 from psa_diffusers.cli.generate import app
 
@@ -45,3 +46,27 @@ def psa_generate(capsys):
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def psa_compare(capsys):
+    """Run psa-compare in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = run_command("psa-compare", compare_app, [str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compared(saved_model, tmp_path_factory) -> Path:
+    """The folder of a finished comparison: two prompts, two seeds, two settings."""
+    folder = tmp_path_factory.mktemp("compared")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red circle\na blue square moves left\n")
+    arguments = ["--prompts-file", prompts, "--model", saved_model, "--seeds", "0,1", "--preset", "default,psa-3"]
+    arguments += ["--output", folder / "out", "--vbench", folder / "vbench", "--quiet"]
+    assert run_command("psa-compare", compare_app, [str(argument) for argument in arguments]) == 0
+    return folder / "out"

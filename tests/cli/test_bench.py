@@ -89,6 +89,11 @@ def test_foreign_csv_is_left_alone(tmp_path, capsys):
         (["--backend", "fast"], "backend"),
         (["--heads", "0"], "--heads must be at least 1"),
         (["--csv", "no/such/folder/x.csv"], "there is no folder"),
+        (["--plot", "no/such/folder/x.png"], "there is no folder"),
+        (["--plot", "x.txt"], "--plot must end in"),
+        (["--draw-only", "--plot", "x.png"], "--draw-only needs"),
+        (["--draw-only", "--csv", "no.csv"], "--draw-only needs"),
+        (["--official", "."], "holds no src/psa_triton"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
@@ -109,3 +114,36 @@ def test_grid_of(tokens):
     assert frames * height * width == tokens
     if tokens > 7:
         assert max(height, width) <= 2 * min(height, width)
+
+
+def test_plot_of_what_was_measured_and_of_a_file(tmp_path, capsys):
+    rows, picture, again = tmp_path / "rows.csv", tmp_path / "x.svg", tmp_path / "again.png"
+    assert run("--compute-budget", "0.3,0.6", "--csv", str(rows), "--plot", str(picture)) == 0
+    assert "ideal: dense x budget" in picture.read_text() or "<svg" in picture.read_text()
+    before = rows.read_text()
+    assert run("--draw-only", "--csv", str(rows), "--plot", str(again)) == 0
+    assert again.read_bytes().startswith(b"\x89PNG") and rows.read_text() == before
+    capsys.readouterr()
+
+
+def test_plot_needs_two_rows_that_belong_together(tmp_path, capsys):
+    assert run("--plot", str(tmp_path / "x.png")) == 2
+    assert "two lengths at one budget" in capsys.readouterr().err
+
+
+def test_tables_name_what_was_timed_and_what_not(capsys):
+    assert run("--stages", "--naive", "--rounding") == 0
+    shown = capsys.readouterr().out
+    assert "not timed: naive psa" in shown
+    stages = shown.split("256 tokens x 2 x 32, budget 0.1", 1)[1]
+    assert ": stages\n" in stages and "attend" in stages
+
+
+def test_plot_without_matplotlib_says_so_before_measuring(tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name))
+    rows = tmp_path / "rows.csv"
+    assert run("--csv", str(rows), "--plot", str(tmp_path / "x.png")) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err and not rows.exists()

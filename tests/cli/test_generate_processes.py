@@ -25,13 +25,13 @@ PROMPTS = ["a red circle", "a blue square", "a red ball moves left"]
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 
 
-def start(*arguments: object, count: int = 2) -> subprocess.Popen:
+def start(*arguments: object, count: int = 2, command: str = "generate") -> subprocess.Popen:
     # --multi_gpu is how accelerate starts several processes on one machine; without a GPU they run on the CPU.
-    command = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", count, "--main_process_port", 0]
-    command += ["-m", "psa_diffusers.cli.generate", "--device", "cpu", *arguments]
+    launch = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", count, "--main_process_port", 0]
+    launch += ["-m", f"psa_diffusers.cli.{command}", "--device", "cpu", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    return subprocess.Popen([str(part) for part in command], **options)
+    return subprocess.Popen([str(part) for part in launch], **options)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -43,7 +43,7 @@ def test_to_dict_is_json_and_complete(recorder):
     assert values["sparse_calls"] == values["dense_calls"] == 4
     assert values["compute_budget_sparse"] == 1.0
     assert set(values) == {
-        *("sparse_calls", "dense_calls", "dense_reasons", "steps", "notes"),
+        *("sparse_calls", "dense_calls", "dense_reasons", "steps", "notes", "warnings"),
         *("backend", "backend_reason", "planner", "planner_reason"),
         *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
     }

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from psa_diffusers.synthetic import video_like_qkv
+from psa_diffusers.synthetic import rotate, video_like_qkv
 
 
 def test_shapes_dtype_and_seed():
@@ -34,3 +34,26 @@ def test_logits_spread_as_documented_from_local_to_global_heads():
     assert logits[2].std().item() == pytest.approx(1, rel=0.5)
     colder = video_like_qkv(1, (4, 24, 24), 3, 64, temperature=0.5)[0]
     torch.testing.assert_close(colder, 2 * query)
+
+
+def test_rotary_embedding_is_diffusers_own():
+    """Against Wan's: the same angles, at the same features."""
+    wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    grid, head_dim = (3, 4, 5), 64
+    tokens = torch.randn(2, 60, head_dim, generator=torch.Generator().manual_seed(0))
+    cosine, sine = wan.WanRotaryPosEmbed(head_dim, (1, 1, 1), 32)(torch.empty(1, 1, *grid))
+    first, second = tokens[..., 0::2], tokens[..., 1::2]
+    expected = torch.empty_like(tokens)
+    expected[..., 0::2] = first * cosine[0, :, 0, 0::2] - second * sine[0, :, 0, 1::2]
+    expected[..., 1::2] = first * sine[0, :, 0, 1::2] + second * cosine[0, :, 0, 0::2]
+    torch.testing.assert_close(rotate(tokens, grid), expected)
+
+
+def test_with_a_common_vector_tokens_attend_to_what_is_near():
+    grid = (4, 12, 12)
+    query, key, _ = video_like_qkv(1, grid, 1, 64, position=0.8, noise=0.0)
+    logits = (query[0, :, 0] @ key[0, :, 0].T).view(*grid, *grid)
+    here = torch.stack([logits[1, row, column, 1, row, column] for row in range(12) for column in range(11)])
+    beside = torch.stack([logits[1, row, column, 1, row, column + 1] for row in range(12) for column in range(11)])
+    far = torch.stack([logits[1, row, column, 1, row, (column + 6) % 12] for row in range(12) for column in range(11)])
+    assert here.mean() > beside.mean() > far.mean()

@@ -5,6 +5,9 @@ from unittest import mock
 import torch
 
 from psa_diffusers.backends.triton import attend_triton, launch
+from psa_diffusers.backends.triton.covariance import build_covariance
+from psa_diffusers.backends.triton.layout import PyramidLayout
+from psa_diffusers.backends.triton.pyramid import build_pyramid
 from tests.backends import conformance
 
 
@@ -26,6 +29,12 @@ def attention_in_groups(case: conformance.Case, lengths: list[int] | None) -> li
         with mock.patch.object(launch, "GROUP_BLOCKS", blocks):
             results.append(attend_triton(*inputs, plan, scale=1.0, value_correction="covariance", return_lse=True))
     return results
+
+
+def covariance(key: torch.Tensor, value: torch.Tensor, kv_block_size: int, num_levels: int, counted: torch.Tensor):
+    """Matrix and factors of the value correction, from a pyramid of these keys and values."""
+    layout = PyramidLayout(-(-key.shape[1] // kv_block_size), kv_block_size, num_levels)
+    return tuple(build_covariance(build_pyramid(key, value, layout), layout, counted))
 
 
 def compiled_attention(case: conformance.Case) -> tuple[torch.Tensor, torch.Tensor]:

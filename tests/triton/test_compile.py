@@ -23,6 +23,7 @@ from psa_diffusers.backends.triton.inspection import (
     local_memory_in_matrix_loops,
     report_cases,
 )
+from psa_diffusers.planning.triton.inspected import HOPPER_PLANNING_KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 # One tile a target and dtype; every kernel somewhere.
@@ -100,6 +101,13 @@ def test_hopper_kernel(head_dim):
     assert local_memory_in_matrix_loops(case) == 0
 
 
+@pytest.mark.parametrize("kernel", HOPPER_PLANNING_KERNELS)
+def test_hopper_planning_kernel(kernel):
+    case = Case(kernel, "sm_90", "bf16", 128)
+    check_required(case)
+    assert compile_case(case).matrix_unit == "wgmma"
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_for_one_token_of_one_head(kernel):
     """Triton makes a constant of every argument that is 1: sizes, block counts, strides."""
@@ -118,7 +126,12 @@ def test_required_set_is_complete():
             for head_dim in (64, 96, 128)
         ),
         *((kernel, target, "bf16", 64) for kernel in LIST_KERNELS for target in TARGETS),
-        *((k, "sm_90", dtype, dim) for k in HOPPER_KERNELS for dtype in ("fp16", "bf16") for dim in (64, 128)),
+        *(
+            (kernel, "sm_90", dtype, head_dim)
+            for kernel in (*HOPPER_KERNELS, *HOPPER_PLANNING_KERNELS)
+            for dtype in ("fp16", "bf16")
+            for head_dim in (64, 128)
+        ),
     }
 
 

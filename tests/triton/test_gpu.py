@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from psa_diffusers import PSAConfig
 from psa_diffusers.backends.reference import attend_reference
-from psa_diffusers.backends.triton import attend_triton, hopper
-from psa_diffusers.planning import Plan
+from psa_diffusers.backends.triton import attend_triton, hopper, launch, read_lists
+from psa_diffusers.planning import Plan, build_plan
+from psa_diffusers.planning.triton import planner
 from tests.backends import conformance
 from tests.backends.conformance import Case
 
@@ -138,3 +140,57 @@ def test_offsets_beyond_32_bits():
     tail = part[:, -128:]
     expected, _ = attend_reference(tail, part, part, Plan(small, 128, 256, 128, 64, 4), scale=head_dim**-0.5)
     torch.testing.assert_close(out[:, -128:, -1:], expected, rtol=2e-2, atol=2e-2)
+
+
+def forget_recipes():
+    for module in (launch, read_lists, planner):
+        module._RECIPES = type(module._RECIPES)()
+
+
+@pytest.mark.parametrize("correction", ["none", "covariance"])
+@pytest.mark.parametrize("hopper_kernel", [True, False])
+def test_replayed_calls_give_what_recorded_ones_do(monkeypatch, correction, hopper_kernel):
+    """Plan and output of tensors in other places, of other strides and dtypes, between calls of other shapes."""
+    monkeypatch.setattr(hopper, "ENABLED", hopper_kernel)
+    config = PSAConfig(value_correction=correction)
+    calls = []
+    for seed, (heads, dtype) in enumerate([(2, torch.bfloat16), (3, torch.bfloat16), (2, torch.float16)] * 3):
+        fused = torch.randn(1, 2048 + 256 * (seed == 7), heads, 3 * 64, generator=torch.Generator().manual_seed(seed))
+        fused = fused.to("cuda", dtype)
+        parts = fused.chunk(3, -1)
+        calls.append(parts if seed % 2 else tuple(part.contiguous() for part in parts))
+
+    def run(tensors):
+        plan = build_plan(*tensors, config)
+        out, lse = attend_triton(*tensors, plan, scale=0.125, value_correction=correction, return_lse=True)
+        return plan.level_mask, plan.level_counts(), out, lse
+
+    expected = []
+    for tensors in calls:
+        forget_recipes()
+        expected.append(run(tensors))
+    forget_recipes()
+    for _ in range(2):
+        for tensors, (levels, counts, out, lse) in zip(calls, expected, strict=True):
+            found = run(tensors)
+            assert torch.equal(found[0], levels) and torch.equal(found[1], counts)
+            assert torch.equal(found[2], out) and torch.equal(found[3], lse)
+            by_definition = dataclasses.replace(build_plan(*tensors, config), cache={}).level_counts()
+            assert torch.equal(counts, by_definition)
+
+
+@pytest.mark.parametrize("tokens, heads, head_dim", [(32760, 12, 128), (17776, 48, 64)])
+def test_memory_beside_keys_and_values(tokens, heads, head_dim):
+    """Planning included: less than keys and values take."""
+    query, key, value = torch.randn(3, 1, tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda").unbind(0)
+    config = PSAConfig()
+    for _ in range(2):  # the first call keeps every buffer
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        plan = build_plan(query, key, value, config)
+        out, _ = attend_triton(query, key, value, plan, scale=0.1, value_correction="covariance")
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+        del plan, out
+    assert extra < 0.95 * (key.nbytes + value.nbytes)

@@ -38,7 +38,15 @@ def test_unsupported_inputs(interpreter, change, message):
 
 @pytest.mark.parametrize(
     "batch, heads, query_blocks, groups",
-    [(1, 12, 256, 1), (2, 3, 1, 1), (1, 40, 591, 4), (2, 40, 591, 8), (1, 30, 280, 2), (1, 1, 100_000, 1)],
+    [
+        (1, 12, 128, 1),
+        (1, 12, 256, 3),
+        (2, 3, 1, 1),
+        (1, 40, 591, 4),
+        (2, 40, 591, 8),
+        (1, 48, 139, 4),
+        (1, 1, 100_000, 1),
+    ],
 )
 def test_head_groups_cover_all_heads_once(batch, heads, query_blocks, groups):
     found = head_groups(batch, heads, query_blocks)

@@ -80,6 +80,45 @@ def test_read_lists_sort_blocks_by_level(interpreter, kv_blocks):
     assert torch.equal(order.sort(dim=1).values.flatten(), torch.arange(30))
 
 
+@pytest.mark.parametrize("query_blocks, kv_blocks", [(1, 1), (5, 37), (40, 150)])
+def test_read_lists_say_what_all_rows_read_and_how_much(interpreter, query_blocks, kv_blocks):
+    """More rows, and more kv blocks, than one program handles at a time; levels that no one knows are skipped."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(1, 7, (2, 2, query_blocks, kv_blocks), generator=generator, dtype=torch.int8)
+    mask[torch.rand(mask.shape, generator=generator) < 0.3 / query_blocks] = 0
+    made = interpreter.call("psa_diffusers.backends.triton.read_lists", "make_read_lists", mask, 4, 64)
+    lists = ReadLists(*made)
+    assert torch.equal(lists.read_by_all.bool(), (mask > 0).all(2))
+    known = torch.where(mask > 5, 0, mask)
+    assert torch.equal(lists.totals, torch.stack([(known == level).sum((2, 3)) for level in range(6)], -1))
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 4])
+def test_covariance_is_the_mean_over_counted_blocks(interpreter, num_levels):
+    """By its definition; over more blocks than one program adds up, some not counted, the last one short."""
+    kv_block_size, length = 16, 16 * 20 + 7
+    _, key, value = make_inputs(Case(torch.float32, 16, length, length, heads=2))
+    counted = (torch.arange(21) % 5 != 3).expand(1, 2, 21)
+    matrix, factors = interpreter.call(
+        "tests.triton.interpreted_checks", "covariance", key, value, kv_block_size, num_levels, counted.to(torch.uint8)
+    )
+    kept = counted[0, 0].repeat_interleave(kv_block_size)[:length]
+    for head in range(2):
+        tokens = [tensor[0, :, head].double() for tensor in (key, value)]
+        sizes = [2**level for level in range(1, num_levels)] + [kv_block_size]
+        lost = []
+        for size in sizes:
+            key_gap, value_gap = (
+                torch.cat([group - group.mean(0) for group in tensor.split(size)])[kept] for tensor in tokens
+            )
+            lost.append(value_gap.T @ key_gap / kept.sum())
+        shares = torch.stack([(level * lost[-1]).sum() / lost[-1].square().sum() for level in lost]).clamp(0, 1)
+        scale = lost[-1].abs().max()
+        torch.testing.assert_close(matrix[0, head].double() * scale, lost[-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(factors[0, head, 1:].double(), shares * scale, rtol=1e-4, atol=1e-5)
+        assert factors[0, head, 0] == 0
+
+
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "cpu"])
 @pytest.mark.parametrize("query_block_size", [1, 16, 64, 128, 512])
 def test_tiles_suit_the_query_block(target, query_block_size):

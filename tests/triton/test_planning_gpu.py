@@ -7,6 +7,7 @@ import torch
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.planning import build_plan
+from psa_diffusers.planning.triton import hopper
 from psa_diffusers.synthetic import video_like_qkv
 
 pytestmark = [
@@ -59,6 +60,35 @@ def test_padding_and_full_tokens():
     check(query, key, value, key_lengths=lengths)
     check(query, key, value, grid=(4, 20, 25), full_tokens=slice(2000, 2080))
     check(query, key[:, :777], value[:, :777], scale=-0.05)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+class TestKernelsForHopper:
+    """As :func:`test_levels_are_those_of_torch`, with the kernels that otherwise long videos alone take."""
+
+    @pytest.fixture(autouse=True)
+    def on_small_grids(self, monkeypatch):
+        monkeypatch.setattr(hopper, "MIN_PROGRAMS", 0)
+        assert hopper.fits_hopper(inputs()[0], 1, 128, 1.0, "sm_90")
+
+    # Seeds that no other test has: what was planned before is planned again with the same kernels.
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_levels(self, dtype, head_dim):
+        check(*inputs(dtype, head_dim), PSAConfig(seed=101), grid=GRID)
+
+    @pytest.mark.parametrize("samples", [5, 64])
+    def test_samples(self, samples):
+        check(*inputs(), PSAConfig(seed=102, sampled_queries=samples), grid=GRID)
+
+    def test_padding_and_lengths(self):
+        query, key, value = inputs(batch=2)
+        lengths = torch.tensor([2080, 1111], device="cuda")
+        check(query, key, value, PSAConfig(seed=103), key_lengths=lengths)
+        check(query, key, value, PSAConfig(seed=103), grid=(4, 20, 25), full_tokens=slice(2000, 2080))
+        check(query, key[:, :777], value[:, :777], PSAConfig(seed=103))
 
 
 def test_nothing_waits_for_the_device():

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...gpu.kernel_launch import KernelLaunch
+from ...gpu.sizes import ceil_div
 from ...gpu.target import padded_head_dim
-from ...planning.plan import Plan
 from .layout import PyramidLayout
 from .pyramid import Pyramid
 from .tiles import covariance_tile
 
 SLAB = 16  # rows of a matrix that the finishing kernel holds at a time
-PROGRAMS = 256  # a level: enough to fill a GPU, few enough that their partial sums take little time and memory
+PROGRAMS = 256  # of level 1: enough to fill a GPU, few enough that their partial sums take little time and memory
+LEAST_BLOCKS = 4  # of level 1 a program, where there are few
+SUM_CHUNK = 1024  # numbers that a program of the sum holds
 
 
 class Covariance(NamedTuple):
@@ -57,6 +58,43 @@ def _pairs(item, bias, live, level, kv_blocks, LOG_KV_BLOCK: tl.constexpr, LEVEL
     return first, second, weight
 
 
+# The runs of blocks that programs add up: level 1's, level 2's, ... A level that has half as many merges a block has
+# runs of twice as many blocks, so that all programs do equally much. The last level has as many as the one before.
+
+
+@triton.jit
+def _place_of_run(run, kv_blocks, blocks_each, LEVELS: tl.constexpr):
+    """Which of its level's runs this is, that level, and how many blocks a run of it has."""
+    level = 1 + 0 * run
+    for finer in tl.static_range(1, LEVELS):
+        runs = (kv_blocks + blocks_each - 1) // blocks_each
+        is_coarser = (level == finer) & (run >= runs)
+        run -= tl.where(is_coarser, runs, 0)
+        level += is_coarser.to(tl.int32)
+        if finer < LEVELS - 1:
+            blocks_each = tl.where(is_coarser, 2 * blocks_each, blocks_each)
+    return run, level, blocks_each
+
+
+@triton.jit
+def covariance_sum_kernel(partial, totals, kv_blocks, blocks_each, numbers, LEVELS: tl.constexpr, CHUNK: tl.constexpr):
+    """One program: CHUNK numbers of a level's sum over its runs, in their order. Grid (chunks, levels)."""
+    level = tl.program_id(1) + 1
+    first = 0 * level
+    for finer in tl.static_range(1, LEVELS):
+        is_finer = finer < level
+        first += tl.where(is_finer, (kv_blocks + blocks_each - 1) // blocks_each, 0)
+        if finer < LEVELS - 1:
+            blocks_each = tl.where(is_finer, 2 * blocks_each, blocks_each)
+    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    partial += first.to(tl.int64) * numbers
+    total = tl.zeros([CHUNK], tl.float32)
+    for _run in range(0, (kv_blocks + blocks_each - 1) // blocks_each):
+        total += tl.load(partial + place, mask=place < numbers, other=0.0)
+        partial += numbers
+    tl.store(totals + (level - 1).to(tl.int64) * numbers + place, total, mask=place < numbers)
+
+
 @triton.jit
 def covariance_kernel(
     packed_key,
@@ -78,14 +116,13 @@ def covariance_kernel(
 ):
     """One program: a level's merges in a run of blocks, for TILE_D value and TILE_D key channels.
 
-    Grid (runs of blocks, tiles of the matrix * levels, batch * heads). Half differences and weights of at most 1 keep
-    products in the range of float16; what that divides by is put back in float32.
+    Grid (runs of blocks of all levels, tiles of the matrix, batch * heads). Half differences and weights of at most 1
+    keep products in the range of float16; what that divides by is put back in float32.
     """
     DTYPE: tl.constexpr = packed_key.dtype.element_ty
     TILES: tl.constexpr = BLOCK_D // TILE_D
-    run = tl.program_id(0)
-    level = tl.program_id(1) // (TILES * TILES) + 1
-    tile = tl.program_id(1) % (TILES * TILES)
+    tile = tl.program_id(1)
+    run, level, blocks_each = _place_of_run(tl.program_id(0), kv_blocks, blocks_each, LEVELS)
     head = tl.program_id(2).to(tl.int64)
     value_channel = tile // TILES * TILE_D + tl.arange(0, TILE_D)
     key_channel = tile % TILES * TILE_D + tl.arange(0, TILE_D)
@@ -112,7 +149,7 @@ def covariance_kernel(
         total = tl.dot(
             tl.trans(value_gap.to(DTYPE)), (0.5 * key_gap).to(DTYPE), total, input_precision=PRECISION
         )  # [TILE_D, TILE_D]
-    matrix = ((run * LEVELS + level - 1).to(tl.int64) * tl.num_programs(2) + head) * BLOCK_D * BLOCK_D
+    matrix = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + head) * BLOCK_D * BLOCK_D
     places = value_channel[:, None] * BLOCK_D + key_channel[None, :]
     tl.store(partial + matrix + places, total * (4.0 * largest_weight))
 
@@ -134,6 +171,7 @@ def covariance_finish_kernel(
     totals,
     bias,
     counted,
+    gain,
     matrix,
     factors,
     heads,
@@ -146,7 +184,8 @@ def covariance_finish_kernel(
     SLAB: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: a head's matrix from its levels' sums [levels, batch * heads, BD, BD], and the levels' shares."""
+    """One program: a head's matrix from its levels' sums [levels, batch * heads, BD, BD], and the levels' shares,
+    times the head's ``gain`` [batch * heads] where there is one."""
     head = tl.program_id(0).to(tl.int64)
     all_heads = tl.num_programs(0)
     centroids = kv_blocks * ((2 << LOG_KV_BLOCK) - (2 << LOG_KV_BLOCK >> LEVELS))
@@ -182,20 +221,13 @@ def covariance_finish_kernel(
         tl.store(matrix + place, whole.to(matrix.dtype.element_ty), mask=inside)
 
     norm = tl.sum(tl.sum(inner[LEVELS - 1], axis=1), axis=0)
+    if gain is not None:
+        largest *= tl.load(gain + head)
     factors += head * (LEVELS + 1)
     tl.store(factors, 0.0)
     for level in tl.static_range(1, LEVELS + 1):
         share = tl.sum(tl.sum(inner[level - 1], axis=1), axis=0) / tl.where(norm == 0.0, 1.0, norm)
         tl.store(factors + level, tl.minimum(tl.maximum(share, 0.0), 1.0) * largest)
-
-
-def blocks_read_by_all(plan: Plan, device: torch.device) -> Tensor:
-    """uint8 [batch, heads, kv_blocks]: 1 where every query block reads the block. Stays in the plan's cache."""
-    found = plan.cache.get(("triton", device, "read by all"))
-    if found is None:
-        found = (plan.level_mask.to(device).amin(2) > 0).to(torch.uint8)
-        plan.cache["triton", device, "read by all"] = found
-    return found
 
 
 def build_covariance(pyramid: Pyramid, layout: PyramidLayout, counted: Tensor) -> Covariance:
@@ -206,26 +238,45 @@ def build_covariance(pyramid: Pyramid, layout: PyramidLayout, counted: Tensor) -
         layout: Where its levels are.
         counted: uint8 [batch, heads, kv_blocks]: the blocks over whose tokens the mean is taken.
     """
-    covariance, partial = empty_covariance(pyramid, layout)
-    covariance_launch(pyramid, layout, counted, partial).run()
-    covariance_finish_launch(partial.sum(0), pyramid, layout, counted, covariance).run()
+    covariance, launches = covariance_launches(pyramid, layout, counted)
+    for launch in launches:
+        launch.run()
     return covariance
 
 
-def empty_covariance(pyramid: Pyramid, layout: PyramidLayout) -> tuple[Covariance, Tensor]:
-    """Buffers for the result, and for partial sums: float32 [runs, levels, batch * heads, BD, BD]."""
+def covariance_launches(
+    pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, gain: Tensor | None = None
+) -> tuple[Covariance, list[KernelLaunch]]:
+    """:func:`build_covariance` before it has run: its result's buffers, and what fills them."""
+    covariance, partial, totals = empty_covariance(pyramid, layout)
+    launches = [
+        covariance_launch(pyramid, layout, counted, partial),
+        covariance_sum_launch(partial, totals, layout),
+        covariance_finish_launch(totals, pyramid, layout, counted, covariance, gain),
+    ]
+    return covariance, launches
+
+
+def empty_covariance(pyramid: Pyramid, layout: PyramidLayout) -> tuple[Covariance, Tensor, Tensor]:
+    """Buffers for the result; for sums of runs, float32 [runs, batch * heads, BD, BD]; and of levels, [levels, ...]."""
     batch, heads, _, head_dim = pyramid.key.shape
     width = padded_head_dim(head_dim)
     matrix = pyramid.key.new_empty(batch, heads, head_dim, head_dim)
     factors = pyramid.bias.new_empty(batch, heads, layout.num_levels + 1)
-    runs = triton.cdiv(layout.kv_blocks, _blocks_each(layout, batch * heads))
-    partial = pyramid.bias.new_empty(runs, layout.num_levels, batch * heads, width, width)
-    return Covariance(matrix, factors), partial
+    matrices = (batch * heads, width, width)
+    partial = pyramid.bias.new_empty(_runs(layout, batch * heads), *matrices)
+    return Covariance(matrix, factors), partial, pyramid.bias.new_empty(layout.num_levels, *matrices)
 
 
 def _blocks_each(layout: PyramidLayout, heads: int) -> int:
-    """Blocks that one program adds up: a matter of shapes alone, so that sums are always taken in one order."""
-    return max(8, triton.cdiv(layout.kv_blocks * heads, PROGRAMS))
+    """Blocks of a run of level 1: a matter of shapes alone, so that sums are always taken in one order."""
+    return max(LEAST_BLOCKS, ceil_div(layout.kv_blocks * heads, PROGRAMS))
+
+
+def _runs(layout: PyramidLayout, heads: int) -> int:
+    """Runs of all levels, see :func:`_place_of_run`."""
+    doubled = [max(0, min(level, layout.num_levels - 1) - 1) for level in range(1, layout.num_levels + 1)]
+    return sum(ceil_div(layout.kv_blocks, _blocks_each(layout, heads) << times) for times in doubled)
 
 
 def covariance_launch(pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, partial: Tensor) -> KernelLaunch:
@@ -250,18 +301,42 @@ def covariance_launch(pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, 
         "LEVELS": layout.num_levels,
         "PRECISION": "ieee",
     }
-    grid = (partial.shape[0], layout.num_levels * (partial.shape[-1] // tile.channels) ** 2, batch * heads)
+    grid = (partial.shape[0], (partial.shape[-1] // tile.channels) ** 2, batch * heads)
     return KernelLaunch(covariance_kernel, grid, arguments, tile.num_warps)
 
 
+def covariance_sum_launch(partial: Tensor, totals: Tensor, layout: PyramidLayout) -> KernelLaunch:
+    """The launch that fills ``totals``, float32 [levels, batch * heads, BD, BD], from ``partial``."""
+    arguments = {
+        "partial": partial,
+        "totals": totals,
+        "kv_blocks": layout.kv_blocks,
+        "blocks_each": _blocks_each(layout, totals.shape[1]),
+        "numbers": totals[0].numel(),
+        "LEVELS": layout.num_levels,
+        "CHUNK": SUM_CHUNK,
+    }
+    grid = (ceil_div(totals[0].numel(), SUM_CHUNK), layout.num_levels)
+    return KernelLaunch(covariance_sum_kernel, grid, arguments, num_warps=4)
+
+
 def covariance_finish_launch(
-    totals: Tensor, pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, covariance: Covariance
+    totals: Tensor,
+    pyramid: Pyramid,
+    layout: PyramidLayout,
+    counted: Tensor,
+    covariance: Covariance,
+    gain: Tensor | None = None,
 ) -> KernelLaunch:
-    """The launch that fills ``covariance`` from sums over all blocks, float32 [levels, batch * heads, BD, BD]."""
+    """The launch that fills ``covariance`` from sums over all blocks, float32 [levels, batch * heads, BD, BD].
+
+    ``gain`` is float32 [batch, heads], contiguous, how much of it each head gets; None = all of it.
+    """
     arguments = {
         "totals": totals,
         "bias": pyramid.bias,
         "counted": counted,
+        "gain": gain,
         "matrix": covariance.matrix,
         "factors": covariance.factors,
         "heads": covariance.matrix.shape[1],

@@ -81,8 +81,12 @@ def hopper_attention_launch(
     order: Tensor | None,
     scale: float,
     first_head: int = 0,
+    counter: Tensor | None = None,
 ) -> KernelLaunch:
-    """As :func:`~.attention.attention_launch`; ``pyramid`` with a centroid bias, ``level_mask`` of all heads."""
+    """As :func:`~.attention.attention_launch`; ``pyramid`` with a centroid bias, ``level_mask`` of all heads.
+
+    ``counter`` (int32 [1]) is 0 when the kernel starts; None = it is made here.
+    """
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
     rows = [max(layout.rows_per_block(level), SMALLEST_COPY) for level in range(1, layout.num_levels + 1)]
@@ -90,8 +94,7 @@ def hopper_attention_launch(
     tiles = batch * heads * query_blocks * (query_block_size // 128)
     arguments = {
         "query": query,
-        **{f"keys_{level}": _boxes(pyramid.key, size) for level, size in enumerate(rows, start=1)},
-        **{f"values_{level}": _boxes(pyramid.value, size) for level, size in enumerate(rows, start=1)},
+        **{f"rows_{level}": _boxes(pyramid.packed, size) for level, size in enumerate(rows, start=1)},
         "covariance": covariance and _boxes(covariance.matrix, head_dim),
         "covariance_factors": covariance and covariance.factors,
         "bias": pyramid.bias,
@@ -103,7 +106,7 @@ def hopper_attention_launch(
         "order": order,
         "out": out,
         "lse": lse,
-        "taken": torch.zeros(1, dtype=torch.int32, device=query.device),
+        "taken": torch.zeros(1, dtype=torch.int32, device=query.device) if counter is None else counter,
         "query_strides": query.stride(),
         "out_strides": out.stride(),
         "scale": scale,
@@ -114,6 +117,7 @@ def hopper_attention_launch(
         "query_blocks": query_blocks,
         "kv_blocks": layout.kv_blocks,
         "packed_rows": layout.rows,
+        "first_value": batch * heads * layout.rows,
         "empty_row": layout.empty_row,
         "D": head_dim,
         "QUERY_BLOCK": query_block_size,
@@ -132,7 +136,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _boxes(packed: Tensor, rows: int) -> object:
-    """A descriptor of all heads' rows [rows, head_dim], to be copied ``rows`` at a time."""
+    """A descriptor of the rows of all heads, [..., head_dim], to be copied ``rows`` at a time."""
     head_dim = packed.shape[-1]
     layout = _shared_layout(head_dim, packed.dtype)
     return TensorDescriptor(packed, [packed.numel() // head_dim, head_dim], [head_dim, 1], [rows, head_dim], layout)

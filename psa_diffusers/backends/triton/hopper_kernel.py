@@ -206,6 +206,7 @@ def _send_query_tile(
     sent,
     tile,
     sources,
+    first_row,
     covariance,
     work,
     lists,
@@ -228,7 +229,7 @@ def _send_query_tile(
     head = row // work.query_blocks - work.first_head
     counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
     blocks = lists.blocks + row.to(gl.int64) * kv_blocks
-    head_row = head * packed_rows
+    head_row = first_row + head * packed_rows
     bias += (head // work.heads).to(gl.int64) * packed_rows
     stop = sent + _tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
     section = 0
@@ -305,6 +306,7 @@ def _key_producer(
             sent,
             tile,
             sources,
+            0,
             None,
             work,
             lists,
@@ -328,6 +330,7 @@ def _value_producer(
     turns,
     ring,
     sources,
+    first_row,
     covariance,
     work,
     lists,
@@ -341,7 +344,7 @@ def _value_producer(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Sends the values, and after them the head's covariance."""
+    """Sends the values, from row ``first_row`` on, and after them the head's covariance."""
     sent = 0
     turn = 0
     tile = _next_tile(turns, turn, 1)
@@ -352,6 +355,7 @@ def _value_producer(
             sent,
             tile,
             sources,
+            first_row,
             covariance,
             work,
             lists,
@@ -399,11 +403,20 @@ def _weights(logits, biases, slot, running_max, scale, COLUMN: gl.constexpr):
 
 
 @gluon.jit
+def _load_factors(factors, LEVELS: gl.constexpr):
+    """What each level loses of the covariance, in registers: in the loop over tiles a load would be waited for."""
+    loaded = ()
+    for level in gl.static_range(LEVELS + 1):
+        loaded += (gl.load(factors + level),)
+    return loaded
+
+
+@gluon.jit
 def _factor_of(tile, stops, factors, LEVELS: gl.constexpr):
-    level = 0
+    factor = factors[0]
     for finer in gl.static_range(LEVELS):
-        level = gl.where(tile >= stops[finer], finer + 1, level)
-    return gl.load(factors + level)
+        factor = gl.where(tile >= stops[finer], factors[finer + 1], factor)
+    return factor
 
 
 @gluon.jit
@@ -528,7 +541,7 @@ def _consumer(
         stops = _tile_stops(lists.counts + row.to(gl.int64) * (LEVELS + 1), lists.kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)
         head_factors = None
         if factors is not None:
-            head_factors = factors + local_head * (LEVELS + 1)
+            head_factors = _load_factors(factors + local_head * (LEVELS + 1), LEVELS)
         accumulator, running_max, running_sum, running_lost = _attend(
             rows,
             keys,
@@ -591,14 +604,10 @@ def _ring(source, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit(do_not_specialize=["first_head"])
 def hopper_attention_kernel(
     query,
-    keys_1,
-    keys_2,
-    keys_3,
-    keys_4,
-    values_1,
-    values_2,
-    values_3,
-    values_4,
+    rows_1,
+    rows_2,
+    rows_3,
+    rows_4,
     covariance,
     covariance_factors,
     bias,
@@ -621,6 +630,7 @@ def hopper_attention_kernel(
     query_blocks,
     kv_blocks,
     packed_rows,
+    first_value,
     empty_row,
     D: gl.constexpr,
     QUERY_BLOCK: gl.constexpr,
@@ -631,14 +641,14 @@ def hopper_attention_kernel(
 ):
     """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
-    ``keys_1`` to ``keys_4`` describe the packed keys in boxes of a block's rows at each level, ``values_1`` to
-    ``values_4`` the values, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold
-    ``heads`` heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
+    ``rows_1`` to ``rows_4`` describe the packed keys, and from row ``first_value`` on the values, in boxes of a block's
+    rows at each level, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold ``heads``
+    heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
     """
     HALF: gl.constexpr = 64
-    rows = gl.allocate_shared_memory(keys_1.dtype, [2, HALF, D], keys_1.layout)
-    keys = _ring(keys_1, D, BLOCK_N, STAGES)
-    values = _ring(values_1, D, BLOCK_N, STAGES)
+    rows = gl.allocate_shared_memory(rows_1.dtype, [2, HALF, D], rows_1.layout)
+    keys = _ring(rows_1, D, BLOCK_N, STAGES)
+    values = _ring(rows_1, D, BLOCK_N, STAGES)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turns = Turns(
         gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
@@ -707,7 +717,7 @@ def hopper_attention_kernel(
                     taken,
                     keys,
                     biases,
-                    (keys_1, keys_2, keys_3, keys_4),
+                    (rows_1, rows_2, rows_3, rows_4),
                     work,
                     lists,
                     bias,
@@ -726,7 +736,8 @@ def hopper_attention_kernel(
                 (
                     turns,
                     values,
-                    (values_1, values_2, values_3, values_4),
+                    (rows_1, rows_2, rows_3, rows_4),
+                    first_value,
                     covariance,
                     work,
                     lists,

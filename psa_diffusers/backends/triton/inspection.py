@@ -17,9 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...gpu.kernel_launch import KernelLaunch
-from ...planning.triton.inspected import PLANNING_KERNELS, planning_launch
+from ...planning.triton.inspected import HOPPER_PLANNING_KERNELS, PLANNING_KERNELS, planning_launch
 from .attention import attention_launch
-from .covariance import covariance_finish_launch, covariance_launch, empty_covariance
+from .covariance import covariance_finish_launch, covariance_launch, covariance_sum_launch, empty_covariance
 from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
 from .layout import PyramidLayout
 from .pyramid import Pyramid, empty_pyramid, pyramid_launch
@@ -45,10 +45,12 @@ KERNELS = (
     "pyramid",
     "pyramid+variance",
     "covariance",
+    "covariance_sum",
     "covariance_finish",
     "read_lists",
     "launch_order",
     *PLANNING_KERNELS,
+    *HOPPER_PLANNING_KERNELS,
 )
 HOPPER_KERNELS = ("hopper", "hopper+covariance")  # sm_90 alone
 # A stack that is no problem, in bytes a thread: the Hopper kernel's producers, with few registers, keep there what they
@@ -62,7 +64,12 @@ CORE_KERNELS = (
     "covariance_finish",
     *PLANNING_KERNELS[:5],
 )
-LIST_KERNELS = ("read_lists", "launch_order", *PLANNING_KERNELS[5:])  # alike for all dtypes and head dims
+LIST_KERNELS = (
+    "read_lists",
+    "launch_order",
+    "covariance_sum",
+    *PLANNING_KERNELS[5:],
+)  # alike for all dtypes and head dims
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
@@ -100,7 +107,7 @@ class Case:
         if self != Case(self.kernel, self.target, self.dtype, self.head_dim):
             return False
         dtypes = [TYPE_NAMES[dtype] for dtype in REQUIRED_DTYPES]
-        if self.kernel in HOPPER_KERNELS:
+        if self.kernel in (*HOPPER_KERNELS, *HOPPER_PLANNING_KERNELS):
             return self.target == "sm_90" and self.dtype in dtypes and self.head_dim in HEAD_DIMS
         return self.kernel in LIST_KERNELS or (
             self.kernel in CORE_KERNELS and self.dtype in dtypes and self.head_dim in REQUIRED_HEAD_DIMS
@@ -167,6 +174,8 @@ def report_cases() -> list[Case]:
             cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         if target == "sm_90":
+            for kernel in HOPPER_PLANNING_KERNELS:
+                cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in HEAD_DIMS]
             for kernel in HOPPER_KERNELS:
                 cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in HEAD_DIMS]
                 cases += [Case(kernel, target, "bf16", 128, query_block_size=256)]
@@ -222,7 +231,7 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
-    if case.kernel in PLANNING_KERNELS:
+    if case.kernel in (*PLANNING_KERNELS, *HOPPER_PLANNING_KERNELS):
         return planning_launch(case, query, order)
     if case.kernel.startswith("covariance"):
         return _covariance_launch_of(case, pyramid, layout)
@@ -232,7 +241,7 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel == "read_lists":
         return read_lists_launch(level_mask, lists, lengths, case.kv_block_size)
     if case.kernel == "launch_order":
-        return launch_order_launch(lengths, lists, query_blocks)
+        return launch_order_launch(level_mask, lists, lengths)
     lse = None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta")
     covariance = empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None
     named = {"query_block_size": case.query_block_size, "order": order, "scale": case.head_dim**-0.5}
@@ -243,16 +252,19 @@ def launch_of(case: Case) -> KernelLaunch:
 
 
 def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:
-    covariance, partial = empty_covariance(pyramid, layout)
+    covariance, partial, totals = empty_covariance(pyramid, layout)
     counted = torch.empty(*pyramid.key.shape[:2], layout.kv_blocks, dtype=torch.uint8, device="meta")
     if case.kernel == "covariance":
         return covariance_launch(pyramid, layout, counted, partial)
-    return covariance_finish_launch(partial[0], pyramid, layout, counted, covariance)
+    if case.kernel == "covariance_sum":
+        return covariance_sum_launch(partial, totals, layout)
+    return covariance_finish_launch(totals, pyramid, layout, counted, covariance)
 
 
 def _tile_of(launch: KernelLaunch) -> str:
     shapes = (
         ("BLOCK_M", "BLOCK_N"),
+        ("BLOCK_M",),
         ("BLOCK_N", "D"),
         ("TILE_D", "TILE_ROWS"),
         ("SLAB", "BLOCK_D"),

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from ...gpu.eager import is_plain
+from ...gpu.recipe import Recipes, Recording
+from ...gpu.sizes import ceil_div
 from ...gpu.target import target_of, tensor_obstacle
 from ...planning.plan import Plan
 from . import hopper
 from .attention import attention_launch
-from .covariance import blocks_read_by_all, build_covariance
+from .covariance import covariance_launches
 from .layout import PyramidLayout
-from .pyramid import build_pyramid
+from .pyramid import empty_pyramid, pyramid_launch
 from .read_lists import ReadLists, read_lists
 
-GROUP_BLOCKS = 4096  # query blocks of a group of heads, at least: 30 a processor of a large GPU
+GROUP_BLOCKS = 1024  # query blocks of a group of heads, at least: 8 a processor of a large GPU
 MAX_GROUPS = 4  # a sample
 MAX_KV_BLOCK_SIZE = 1024  # one program of the pyramid kernel holds a block
 
@@ -49,9 +53,10 @@ def attend_triton(
         Output like ``query`` (contiguous), and lse float32 [batch, heads, query_length] (natural logarithm) or None. A
         query with nothing to read gets output 0 and lse -inf.
 
-    Besides inputs and output this takes 1.89 times the memory of K and V for the pyramid (4 levels, kv blocks of 64;
-    2.84 times that of K and V with the variance), until it returns; a quarter of that for long videos, whose heads are
-    computed in groups. Nothing here waits for the device.
+    Besides inputs and output this takes, until it returns, the memory of the pyramid, 1.89 times that of K and V (4
+    levels, kv blocks of 64; 2.84 times with the variance), or a third or a quarter of it for long videos, whose heads
+    are computed in groups; and of the value correction's sums, about 35 MB at head dim 128. A shape's first call
+    prepares the next ones, and takes some more. Nothing here waits for the device.
 
     Raises:
         ValueError: the device, dtype, head_dim or block sizes are not supported; the message says which.
@@ -59,15 +64,19 @@ def attend_triton(
     if obstacle := why_unsupported(query, plan):
         raise ValueError(f"attend_triton: {obstacle}; use backend='torch' or backend='reference'.")
     lists = read_lists(plan, query.device)
-    out, lse = launch_attention(
+    compute = compute_attention if is_plain(query) else launch_attention
+    out, lse = compute(
         query,
         key,
         value,
         plan.level_mask.to(query.device),
-        *lists,
+        lists.blocks,
+        lists.counts,
+        lists.launch_order,
         None if plan.order is None else plan.order.to(query.device),
         None if plan.key_lengths is None else plan.key_lengths.to(query.device),
-        blocks_read_by_all(plan, query.device) if value_correction == "covariance" else None,
+        lists.read_by_all if value_correction == "covariance" else None,
+        plan.value_gain if value_correction == "covariance" else None,
         [plan.query_block_size, plan.kv_block_size, plan.num_levels],
         scale,
         logit_correction == "variance",
@@ -76,8 +85,7 @@ def attend_triton(
     return out, lse if return_lse else None
 
 
-@torch.library.custom_op("psa_diffusers::attend_triton", mutates_args=())
-def launch_attention(
+def compute_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -88,32 +96,46 @@ def launch_attention(
     order: Tensor | None,
     key_lengths: Tensor | None,
     counted: Tensor | None,
+    value_gain: Tensor | None,
     block_sizes: list[int],
     scale: float,
     with_variance: bool,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attend_triton` as one operation of a compiled graph: tensors and numbers in, tensors out.
+    """:func:`attend_triton` with tensors and numbers alone.
 
-    ``counted`` are the blocks that the value correction's covariance is taken over, None for no such correction;
+    ``counted`` are the blocks that the value correction's covariance is taken over, None for no such correction,
+    ``value_gain`` how much of it each head gets, None for all of it;
     ``block_sizes`` are query_block_size, kv_block_size and num_levels; an lse that is not asked for is empty.
     """
-    lists = ReadLists(blocks, counts, launch_order)
     out, lse = _empty_result(query, return_lse)
-    options = _Options(*block_sizes, scale, with_variance, level_mask.contiguous(), order)
+    some_lse = lse if return_lse else None
+    level_mask = level_mask.contiguous()
+    options = _Options(*block_sizes, scale, with_variance, hopper.ENABLED)
     batch, length, heads, _ = query.shape
-    for samples, some_heads in head_groups(batch, heads, triton.cdiv(length, options.query_block_size)):
-        parts = (tensor[samples, :, some_heads] for tensor in (query, key, value, out))
-        some_lengths = None if key_lengths is None else key_lengths[samples]
-        some_counted = None if counted is None else counted[samples, some_heads]
+    for samples, some_heads in head_groups(batch, heads, ceil_div(length, options.query_block_size)):
+        parts, lengths, some_counted, gain = (query, key, value, out), key_lengths, counted, value_gain
+        if (samples.stop, some_heads.stop) != (batch, heads) or (samples.start, some_heads.start) != (0, 0):
+            parts = [tensor[samples, :, some_heads] for tensor in parts]
+            lengths = None if lengths is None else lengths[samples]
+            some_counted = None if counted is None else counted[samples, some_heads].contiguous()
+            gain = None if gain is None else gain[samples, some_heads].contiguous()
         first_head = samples.start * heads + some_heads.start
-        _attend_heads(*parts, lse if return_lse else None, lists, some_lengths, some_counted, first_head, options)
+        inputs = (*parts, some_lse, level_mask, blocks, counts, launch_order, order, lengths, some_counted, gain)
+        _RECIPES.run((first_head, options), inputs, partial(_record, first_head=first_head, options=options))
     return out, lse
+
+
+# The same as one operation of a compiled graph.
+launch_attention = torch.library.custom_op("psa_diffusers::attend_triton", compute_attention, mutates_args=())
 
 
 @launch_attention.register_fake
 def _(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     return _empty_result(query, return_lse=bool(arguments[-1]))
+
+
+_RECIPES = Recipes()  # of a group of heads
 
 
 class _Options(NamedTuple):
@@ -122,51 +144,32 @@ class _Options(NamedTuple):
     num_levels: int
     scale: float
     with_variance: bool
-    level_mask: Tensor
-    order: Tensor | None
+    hopper_enabled: bool
 
 
-def _attend_heads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    lists: ReadLists,
-    key_lengths: Tensor | None,
-    counted: Tensor | None,
-    first_head: int,
-    options: _Options,
-) -> None:
-    """Fills ``out``, and the part of ``lse`` (of all heads, as ``lists`` are), for some of the heads."""
+def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options) -> Recording:
+    """Fills the output, and the part of the lse (of all heads, as the lists are), for a group of heads."""
+    query, key, value, out, lse, level_mask, blocks, counts, launch_order, order, key_lengths, counted, gain = inputs
+    lists = ReadLists(blocks, counts, launch_order, None, None)
     target = target_of(query.device)
-    layout = PyramidLayout(lists.blocks.shape[1], options.kv_block_size, options.num_levels)
+    layout = PyramidLayout(blocks.shape[1], options.kv_block_size, options.num_levels)
     is_hopper = not hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *options[:3], options.with_variance)
     if is_hopper:
         layout = hopper.hopper_layout(layout)
-    pyramid = build_pyramid(
-        key,
-        value,
-        layout,
-        order=options.order,
-        key_lengths=key_lengths,
-        with_variance=options.with_variance,
-        with_centroid_bias=is_hopper,
-    )
-    covariance = None if counted is None else build_covariance(pyramid, layout, counted.contiguous())
-    named = {
-        "query_block_size": options.query_block_size,
-        "order": options.order,
-        "scale": options.scale,
-        "first_head": first_head,
-    }
+    pyramid = empty_pyramid(key, layout, options.with_variance, with_centroid_bias=is_hopper)
+    counter = query.new_empty(1, dtype=torch.int32) if is_hopper else None
+    covariance, launches = None, [pyramid_launch(key, value, pyramid, layout, order, key_lengths, counter)]
+    if counted is not None:
+        covariance, more = covariance_launches(pyramid, layout, counted, gain)
+        launches += more
+    named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
+    tensors = (query, out, lse, pyramid, lists)
     if is_hopper:
-        launch = hopper.hopper_attention_launch(
-            query, out, lse, pyramid, lists, options.level_mask, layout, covariance, **named
-        )
+        named |= {"first_head": first_head, "counter": counter}
+        launches.append(hopper.hopper_attention_launch(*tensors, level_mask, layout, covariance, **named))
     else:
-        launch = attention_launch(query, out, lse, pyramid, lists, layout, covariance, target=target, **named)
-    launch.run()
+        launches.append(attention_launch(*tensors, layout, covariance, target=target, first_head=first_head, **named))
+    return Recording([(launch, launch.run()) for launch in launches], results=())
 
 
 def head_groups(batch: int, heads: int, query_blocks: int) -> list[tuple[slice, slice]]:

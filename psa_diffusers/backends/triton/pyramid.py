@@ -20,13 +20,20 @@ MAX_PARTS = 8  # tiles of a block
 class Pyramid(NamedTuple):
     """All levels of all heads, as :class:`PyramidLayout` arranges them."""
 
-    key: Tensor  # [batch, heads, rows, head_dim], dtype of the inputs
-    value: Tensor  # [batch, heads, rows, head_dim]
+    packed: Tensor  # [2, batch, heads, rows, head_dim], dtype of the inputs: keys, values
     bias: Tensor  # float32 [batch, rows]: log2 of the real tokens that a row stands for, -inf for none
     variance: Tensor | None  # [batch, heads, rows, head_dim]: of each channel of a row's keys; None unless asked for
     # float32 [batch, heads, kv_blocks]: the bias of centroids, NaN for those of NaN or Inf, whose rows hold 0 in their
     # place. So all centroids can be multiplied and some left out by their bias. None unless asked for.
     centroid_bias: Tensor | None = None
+
+    @property
+    def key(self) -> Tensor:
+        return self.packed[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self.packed[1]
 
 
 # A block's rows are held as PARTS tiles [GROUPS, BD], row r in tile r % PARTS: rows that pool together are in different
@@ -214,6 +221,7 @@ def pyramid_kernel(
     bias,
     variance,
     centroid_bias,
+    counter,
     key_strides,
     value_strides,
     heads,
@@ -229,7 +237,8 @@ def pyramid_kernel(
 ):
     """One program: one kv block, one head, BLOCK_D channels; grid (heads * channel chunks, kv_blocks, batch).
 
-    Heads first: what lies side by side in memory is read at a time.
+    Heads first: what lies side by side in memory is read at a time. ``counter``, if there is one, is set to 0 for the
+    kernel that comes next: it would otherwise take a launch of its own.
     """
     FINITE: tl.constexpr = centroid_bias is not None
     block = tl.program_id(1)
@@ -270,6 +279,8 @@ def pyramid_kernel(
             tl.store(centroid_bias + (batch * heads + head) * kv_blocks + block, row_bias)
         if tl.program_id(0) == 0:
             _store_bias(bias, real, block, kv_blocks, KV_BLOCK, LEVELS)
+    if counter is not None:
+        tl.store(counter, 0, mask=(tl.program_id(0) == 0) & (block == 0) & (batch == 0))
     if block == 0:
         _store_empty_rows(
             packed_key,
@@ -328,10 +339,11 @@ def pools_whole_blocks(kv_block_size: int, head_dim: int) -> bool:
 def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool, with_centroid_bias: bool = False) -> Pyramid:
     """Buffers for the pyramid of keys [batch, key_length, heads, head_dim], and of values like them."""
     batch, _, heads, head_dim = key.shape
-    packed = key.new_empty(3 if with_variance else 2, batch, heads, layout.rows, head_dim)
+    packed = key.new_empty(2, batch, heads, layout.rows, head_dim)
+    variance = torch.empty_like(packed[0]) if with_variance else None
     bias = key.new_empty(batch, layout.rows, dtype=torch.float32)
     centroid_bias = bias.new_empty(batch, heads, layout.kv_blocks) if with_centroid_bias else None
-    return Pyramid(packed[0], packed[1], bias, packed[2] if with_variance else None, centroid_bias)
+    return Pyramid(packed, bias, variance, centroid_bias)
 
 
 def pyramid_launch(
@@ -341,8 +353,9 @@ def pyramid_launch(
     layout: PyramidLayout,
     order: Tensor | None,
     key_lengths: Tensor | None,
+    counter: Tensor | None = None,
 ) -> KernelLaunch:
-    """The launch that fills ``pyramid``."""
+    """The launch that fills ``pyramid``, and sets ``counter`` (int32 [1]) to 0."""
     batch, key_length, heads, head_dim = key.shape
     tile = pyramid_tile(layout.kv_block_size, head_dim, pyramid.variance is not None)
     arguments = {
@@ -355,6 +368,7 @@ def pyramid_launch(
         "bias": pyramid.bias,
         "variance": pyramid.variance,
         "centroid_bias": pyramid.centroid_bias,
+        "counter": counter,
         "key_strides": key.stride(),
         "value_strides": value.stride(),
         "heads": heads,

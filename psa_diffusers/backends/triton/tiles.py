@@ -8,7 +8,7 @@ import torch
 
 from ...gpu.target import padded_head_dim
 
-LIST_CHUNK = 1024  # level mask entries that the list kernel compacts at a time
+LIST_CHUNK = 512  # level mask entries that the list kernel compacts at a time, below 4096
 ORDER_TILE = (32, 128)  # rows that the launch order kernel places, x rows that it compares them with, at a time
 
 

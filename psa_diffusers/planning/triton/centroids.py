@@ -12,6 +12,7 @@ from torch import Tensor
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import padded_head_dim
+from . import hopper
 from .samples import add_to_softmax, averages, log_of_sum, sampled_rows
 from .statistics import Statistics
 from .tiles import centroid_tile, precision_of
@@ -171,6 +172,7 @@ def centroid_launch(
     *,
     scale: float,
     kv_block_size: int,
+    full_blocks: int,
     target: str,
 ) -> KernelLaunch:
     """The launch that fills ``energy`` and ``features``.
@@ -179,13 +181,18 @@ def centroid_launch(
         query: [batch, query_length, heads, head_dim], any strides.
         positions: int32 [query_blocks, samples], see :func:`~.samples.query_positions`.
         energy: float32 [batch, heads, query_blocks, kv_blocks], mean square of the blocks' shares of attention.
+        full_blocks: so many kv blocks, from the first, have no key missing in any sample of the batch.
         features: [batch, heads, query_blocks, head_dim], scale^2 x mean square of each feature over the samples.
     """
     batch, _, heads, head_dim = query.shape
     query_blocks, samples = positions.shape
     kv_blocks = energy.shape[3]
     padded = next_power_of_2(samples)
-    tile = centroid_tile(target, head_dim, query.dtype)
+    tile = hopper.centroid_tile()
+    is_hopper = padded == hopper.QUERY_SAMPLES
+    is_hopper = is_hopper and hopper.fits_hopper(query, query_blocks * padded, tile.block_m, scale, target)
+    if not is_hopper:
+        tile = centroid_tile(target, head_dim, query.dtype)
     block_m = max(tile.block_m, padded)
     arguments = {
         "query": query,
@@ -203,15 +210,20 @@ def centroid_launch(
         "kv_blocks": kv_blocks,
         "blocks_of_all_heads": batch * heads * kv_blocks,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
         "LEVELS": statistics.key_spread.shape[0],
         "SAMPLES": samples,
-        "PADDED": padded,
-        "AVERAGES": max(16, block_m // padded),
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "LOG_KV_BLOCK": kv_block_size.bit_length() - 1,
-        "PRECISION": precision_of(target, query.dtype),
     }
     grid = (ceil_div(query_blocks, block_m // padded), heads, batch)
+    if is_hopper:
+        arguments |= {"regular_blocks": full_blocks, "STAGES": tile.num_stages}
+        return KernelLaunch(hopper.hopper_centroids_kernel, grid, arguments, tile.num_warps)
+    arguments |= {
+        "BLOCK_D": padded_head_dim(head_dim),
+        "PADDED": padded,
+        "AVERAGES": max(16, block_m // padded),
+        "PRECISION": precision_of(target, query.dtype),
+    }
     return KernelLaunch(centroids_kernel, grid, arguments, tile.num_warps, tile.num_stages)

@@ -11,16 +11,18 @@ from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
 from ..blocks import Layout
+from . import hopper
 from .planner import choice_launches, empty_choices, empty_estimates, estimate_launches
 from .statistics import empty_statistics, statistics_launch
 
 PLANNING_KERNELS = ("statistics", "centroids", "masses", "shares", "prices", "bins", "levels")
+HOPPER_PLANNING_KERNELS = ("hopper_centroids", "hopper_masses")  # sm_90 alone, for long videos
 
 
 class PlanningCase(Protocol):
     """What is read of a case."""
 
-    kernel: str  # one of PLANNING_KERNELS
+    kernel: str  # one of PLANNING_KERNELS or HOPPER_PLANNING_KERNELS
     target: str
     query_block_size: int
     kv_block_size: int
@@ -33,6 +35,8 @@ def planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> 
     config = PSAConfig(
         query_block_size=case.query_block_size, kv_block_size=case.kv_block_size, num_levels=case.num_levels
     )
+    if case.kernel in HOPPER_PLANNING_KERNELS:  # so many heads that it is worth it
+        query = query.new_empty(1, query.shape[1], hopper.MIN_PROGRAMS * 8, query.shape[3])
     batch, length, _, head_dim = query.shape
     statistics = empty_statistics(query, case.kv_block_size, case.num_levels, config.sampled_keys)
     kv_blocks, query_blocks = statistics.counts.shape[1], ceil_div(length, case.query_block_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
-from ...gpu.recipe import Recipe
+from ...gpu.recipe import Recipes, Recording
 from ...gpu.target import target_of, tensor_obstacle
 from ..blocks import Layout
 from ..budget import rung_costs
 from .centroids import centroid_launch
+from .masses import empty_masses, heads_at_a_time, masses_launch, masses_layout
 from .prices import prices_launch
-from .sampled import empty_masses, heads_at_a_time, masses_launch, masses_layout, shares_launch
 from .samples import key_draws, query_positions
+from .shares import shares_launch
 from .spending import BINS, bins_launch, chunks_of, levels_launch
 from .statistics import Statistics, empty_statistics, statistics_launch
 
@@ -26,9 +27,7 @@ MASSES_BYTES = 2**25  # of masses are made at a time, or a quarter of the keys' 
 MAX_SAMPLES = {"sampled_queries": 64, "sampled_keys": 16}  # a block's samples lie in one tile
 
 
-# How to plan again, by all that decides it but the contents of the inputs.
-_RECIPES: dict[tuple, tuple[Layout, Recipe]] = {}
-_MOST_RECIPES = 256
+_RECIPES = Recipes()  # how to plan again what has been planned once
 
 
 class Estimates(NamedTuple):
@@ -36,7 +35,7 @@ class Estimates(NamedTuple):
 
     attention: Tensor  # float32 [batch, heads, query_blocks, kv_blocks]: the second estimate, then attention^2
     features: Tensor  # [batch, heads, query_blocks, head_dim], see :mod:`.centroids`
-    output: Tensor  # the same, see :mod:`.sampled`
+    output: Tensor  # the same, see :mod:`.shares`
     output_power: Tensor  # float32 [batch, heads, query_blocks]
 
 
@@ -67,30 +66,25 @@ def plan_levels(
         query, key, value: [batch, seq, heads, head_dim], any strides; fp32 (slow), fp16 or bf16.
         layout: of these sequences, on their device. key_lengths: int64 [batch] there, or None.
     """
-    tensors = (query, key, value)
-    padding = None if key_lengths is None else key_lengths.data_ptr() % 16
-    settings = (config, id(layout), padding, scale, query.device, query.dtype)
-    places = [(tensor.shape, tensor.stride(), tensor.data_ptr() % 16) for tensor in tensors]
-    call = (*settings, *places, query is key, key is value, query is value)
-    if call in _RECIPES:
-        return _RECIPES[call][1].run(*tensors, key_lengths)
-    levels, recipe = _first_plan(*tensors, config, layout, key_lengths, scale)
-    if len(_RECIPES) >= _MOST_RECIPES:
-        _RECIPES.clear()
-    _RECIPES[call] = (layout, recipe)  # the layout is kept, so that no other gets its id
+
+    def record(inputs: Sequence[Tensor | None]) -> Recording:
+        return _record_plan(*inputs, config, layout, scale)
+
+    settings = (config, id(layout), scale)
+    (levels,) = _RECIPES.run(settings, (query, key, value, key_lengths), record, keep=layout)
     return levels
 
 
-def _first_plan(
+def _record_plan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_lengths: Tensor | None,
     config: PSAConfig,
     layout: Layout,
-    key_lengths: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Recipe]:
-    """The levels, and how to make them again."""
+) -> Recording:
+    """Plans, and says how to plan again."""
     target, is_padded = target_of(query.device), key_lengths is not None
     positions, draws = sampled_positions(query, config), sampled_draws(key, config)
     statistics = empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
@@ -105,10 +99,8 @@ def _first_plan(
     choices = empty_choices(estimates, config.num_levels)
     chosen = (config, layout, statistics, estimates, choices)
     launched += choice_launches(*chosen, is_padded=is_padded, target=target)
-    compiled = [launch.run() for launch in launched]
     constants = (positions, draws, layout.order, layout.full_query_blocks, layout.full_kv_blocks)
-    given = (query, key, value, key_lengths)
-    return choices.levels, Recipe(list(zip(launched, compiled, strict=True)), given, constants, choices.levels)
+    return Recording([(launch, launch.run()) for launch in launched], [choices.levels], constants)
 
 
 def sampled_draws(key: Tensor, config: PSAConfig) -> Tensor:
@@ -173,10 +165,11 @@ def estimate_launches(
         estimates.features,
         scale=scale,
         kv_block_size=config.kv_block_size,
+        full_blocks=full_blocks,
         target=target,
     )
     samples = min(config.sampled_queries, config.query_block_size)
-    cut = masses_layout(query, len(positions), samples, statistics, target)
+    cut = masses_layout(query, len(positions), samples, statistics, scale=scale, target=target)
     heads = query.shape[2]
     key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
     step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))

@@ -225,7 +225,7 @@ def prices_launch(
 
     Args:
         attention: float32 [batch, heads, query_blocks, kv_blocks], attention^2.
-        output, output_power, features: what the estimates left, see :mod:`.sampled` and :mod:`.centroids`.
+        output, output_power, features: what the estimates left, see :mod:`.shares` and :mod:`.centroids`.
         full: bool [query_blocks] and [kv_blocks], blocks that hold a full token; None = none.
         prices: int16 [num_levels, batch, heads, query_blocks, kv_blocks]; FULL or UNCOUNTED where there is no choice.
         costs: of the rungs, see :func:`~..budget.rung_costs`.

@@ -54,11 +54,11 @@ def masses_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 128, 8, 1 if wide else 2)
 
 
-def shares_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    """Sampled queries x kv blocks whose masses are divided and averaged; the rows divide those of the masses' tile."""
+def shares_tile(target: str, dtype: torch.dtype) -> Tile:
+    """Query blocks x kv blocks whose masses are divided and averaged."""
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1)
-    return Tile(64, 32, 4, 3) if target.startswith("sm_90") else Tile(64, 32, 8, 1)
+    return Tile(16, 128, 8, 1)
 
 
 def centroid_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:

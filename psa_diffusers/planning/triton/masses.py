@@ -1,7 +1,7 @@
 """Attention between sampled queries and sampled keys: what :func:`~..importance.sampled_importance` defines.
 
-One kernel makes every product and every exponential once and writes each query's masses over the kv blocks, before the
-softmax's denominator is known; a second one reads them, divides, averages, and joins the second estimate.
+Every product and every exponential is made once: each query's masses over the kv blocks are written before the
+softmax's denominator is known; :mod:`.shares` reads them and divides.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from torch import Tensor
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import INTERPRETED, padded_head_dim
-from ..errors import SHRINKAGE
-from .samples import averages, log_of_sum, sampled_rows
+from . import hopper
+from .samples import log_of_sum, sampled_rows
 from .statistics import Statistics
-from .tiles import masses_tile, precision_of, shares_tile
+from .tiles import masses_tile, precision_of
 
 
 class Masses(NamedTuple):
     """Attention of sampled queries before division. A row is a sampled query; a tile spans ``BLOCKS_N`` kv blocks."""
 
-    mass: (
-        Tensor  # [rows, kv_blocks, padded to whole tiles]: sum of exp2(logit - maximum of the tile), bfloat16 for half
-    )
-    maximum: Tensor  # float32 [rows, tiles]
+    mass: Tensor  # [rows, kv_blocks padded to whole tiles]: sums of exp2(logit - maximum), bfloat16 for half precision
+    maximum: Tensor  # float32 [rows, tiles]: the largest logit so far
     denominator: Tensor  # float32 [rows]: log2 of the softmax's denominator; inf where there is no query
 
 
@@ -194,88 +192,6 @@ def masses_kernel(
     tl.store(denominators + row, log_of_sum(running_max, running_sum, valid))
 
 
-@triton.jit
-def shares_kernel(
-    masses,
-    maxima,
-    denominators,
-    positions,
-    value_mean,
-    attention,
-    output,
-    output_power,
-    heads,
-    first_head,
-    heads_here,
-    query_blocks,
-    kv_blocks,
-    rows_of_head,
-    width,
-    tiles,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TABLE: tl.constexpr,
-    QUERY_SAMPLES: tl.constexpr,
-    PADDED: tl.constexpr,
-    AVERAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS_N: tl.constexpr,
-    SHRINKAGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: the query blocks of BLOCK_M sampled queries of one head, against all kv blocks.
-
-    ``attention`` holds the second estimate of the energy on entry, and attention^2 as the errors need it on return.
-    """
-    BLOCKS: tl.constexpr = BLOCK_M // PADDED
-    TILES: tl.constexpr = BLOCK_N // BLOCKS_N
-    head = (first_head + tl.program_id(1)).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    local = tl.arange(0, BLOCK_M)
-    sample_block = tl.program_id(0) * BLOCKS + local // PADDED
-    is_sample = (sample_block < query_blocks) & (local % PADDED < QUERY_SAMPLES)
-    position = tl.load(positions + sample_block * TABLE + local % PADDED, mask=is_sample, other=-1)
-    kind = masses.dtype.element_ty  # of float32's range: squares of masses are small
-    of_block, per_sample = averages(position >= 0, PADDED, AVERAGES, kind)
-    query_block = tl.program_id(0) * BLOCKS + tl.arange(0, AVERAGES)
-    is_block = (tl.arange(0, AVERAGES) < BLOCKS) & (query_block < query_blocks)
-    pair_row = (batch * heads + head) * query_blocks + query_block
-    row = (batch * heads_here + tl.program_id(1)) * rows_of_head + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    denominator = tl.load(denominators + row)
-    value_mean += (batch * heads + head) * kv_blocks * HEAD_DIM
-
-    mean_output = tl.zeros([AVERAGES, BLOCK_D], tl.float32)
-    for start in range(0, kv_blocks, BLOCK_N):
-        block = start + tl.arange(0, BLOCK_N)
-        inside = block < kv_blocks
-        mass = tl.load(masses + row[:, None] * width + block[None, :], mask=inside[None, :], other=0.0)
-        tile = start // BLOCKS_N + tl.arange(0, TILES)
-        largest = tl.load(maxima + row[:, None] * tiles + tile[None, :], mask=(tile < tiles)[None, :], other=0.0)
-        factor = tl.exp2(largest - denominator[:, None])  # [BM, TILES]
-        mass = tl.reshape(mass.to(tl.float32), (BLOCK_M, TILES, BLOCKS_N)) * factor[:, :, None]
-        mass = tl.reshape(mass, (BLOCK_M, BLOCK_N))
-        share = tl.dot(of_block, mass.to(kind), input_precision=PRECISION) * per_sample[:, None]  # [AVERAGES, BN]
-        energy = tl.dot(of_block, (mass * mass).to(kind), input_precision=PRECISION) * per_sample[:, None]
-        values = tl.load(
-            value_mean + block[:, None] * HEAD_DIM + channel[None, :],
-            mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        mean_output = tl.dot(share.to(values.dtype), values, mean_output, input_precision=PRECISION)
-        pair = pair_row[:, None] * kv_blocks + block[None, :]
-        mask = is_block[:, None] & inside[None, :]
-        second = tl.load(attention + pair, mask=mask, other=0.0)
-        tl.store(attention + pair, tl.exp2(tl.log2(energy * second) * (0.5 * SHRINKAGE)), mask=mask)
-
-    mask = is_block[:, None] & (channel < HEAD_DIM)[None, :]
-    stored = mean_output.to(output.dtype.element_ty)
-    tl.store(output + pair_row[:, None] * HEAD_DIM + channel[None, :], stored, mask=mask)
-    rounded = stored.to(tl.float32)
-    tl.store(output_power + pair_row, tl.sum(rounded * rounded, axis=1), mask=is_block)
-
-
 @dataclass(frozen=True)
 class MassesLayout:
     """How the masses of one shape are cut into tiles.
@@ -294,14 +210,21 @@ class MassesLayout:
     tiles: int
     num_warps: int
     num_stages: int
+    is_hopper: bool = False  # made by :mod:`.hopper_masses`
 
 
-def masses_layout(query: Tensor, query_blocks: int, samples: int, statistics: Statistics, target: str) -> MassesLayout:
+def masses_layout(
+    query: Tensor, query_blocks: int, samples: int, statistics: Statistics, *, scale: float, target: str
+) -> MassesLayout:
     """For queries [batch, query_length, heads, head_dim] of so many blocks, ``samples`` of each."""
-    tile = masses_tile(target, query.shape[3], query.dtype)
-    padded = next_power_of_2(samples)
-    block_m = max(tile.block_m, padded)
     key_samples = next_power_of_2(statistics.samples.shape[2])
+    padded = next_power_of_2(samples)
+    tile = hopper.masses_tile()
+    is_hopper = statistics.samples.shape[2] == hopper.KEY_SAMPLES
+    is_hopper = is_hopper and hopper.fits_hopper(query, query_blocks * padded, tile.block_m, scale, target)
+    if not is_hopper:
+        tile = masses_tile(target, query.shape[3], query.dtype)
+    block_m = max(tile.block_m, padded)
     blocks_n = max(1, tile.block_n // key_samples)
     return MassesLayout(
         padded=padded,
@@ -312,6 +235,7 @@ def masses_layout(query: Tensor, query_blocks: int, samples: int, statistics: St
         tiles=ceil_div(statistics.counts.shape[1], blocks_n),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        is_hopper=is_hopper,
     )
 
 
@@ -382,73 +306,20 @@ def masses_launch(
         "width": masses.mass.shape[1],
         "tiles": layout.tiles,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
         "TABLE": positions.shape[1],
         "QUERY_SAMPLES": samples,
         "PADDED": layout.padded,
         "SAMPLES": statistics.samples.shape[2],
         "BLOCK_M": layout.block_m,
+    }
+    grid = (layout.rows // layout.block_m, len(heads), query.shape[0])
+    if layout.is_hopper:
+        arguments["STAGES"] = layout.num_stages
+        return KernelLaunch(hopper.hopper_masses_kernel, grid, arguments, layout.num_warps)
+    arguments |= {
+        "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_N": layout.block_n,
         "BLOCKS_N": layout.blocks_n,
         "PRECISION": precision_of(target, query.dtype),
     }
-    grid = (layout.rows // layout.block_m, len(heads), query.shape[0])
     return KernelLaunch(masses_kernel, grid, arguments, layout.num_warps, layout.num_stages)
-
-
-def shares_launch(
-    masses: Masses,
-    layout: MassesLayout,
-    positions: Tensor,
-    statistics: Statistics,
-    attention: Tensor,
-    output: Tensor,
-    output_power: Tensor,
-    heads: range,
-    *,
-    samples: int,
-    target: str,
-) -> KernelLaunch:
-    """The launch that turns the second estimate in ``attention`` into attention^2, and fills what is beside it.
-
-    Args:
-        masses: of ``heads``, see :func:`masses_launch`.
-        attention: float32 [batch, all heads, query_blocks, kv_blocks]; in and out.
-        output: [batch, all heads, query_blocks, head_dim], the mean output that the shares of the blocks' means give.
-        output_power: float32 [batch, all heads, query_blocks], its squared norm.
-    """
-    batch, all_heads, query_blocks, kv_blocks = attention.shape
-    head_dim = output.shape[3]
-    tile = shares_tile(target, head_dim, output.dtype)
-    block_m = max(min(tile.block_m, layout.block_m), layout.padded)
-    arguments = {
-        "masses": masses.mass,
-        "maxima": masses.maximum,
-        "denominators": masses.denominator,
-        "positions": positions,
-        "value_mean": statistics.value_mean,
-        "attention": attention,
-        "output": output,
-        "output_power": output_power,
-        "heads": all_heads,
-        "first_head": heads.start,
-        "heads_here": len(heads),
-        "query_blocks": query_blocks,
-        "kv_blocks": kv_blocks,
-        "rows_of_head": layout.rows,
-        "width": masses.mass.shape[1],
-        "tiles": layout.tiles,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "TABLE": positions.shape[1],
-        "QUERY_SAMPLES": samples,
-        "PADDED": layout.padded,
-        "AVERAGES": max(16, block_m // layout.padded),
-        "BLOCK_M": block_m,
-        "BLOCK_N": max(tile.block_n, layout.blocks_n),
-        "BLOCKS_N": layout.blocks_n,
-        "SHRINKAGE": SHRINKAGE,
-        "PRECISION": precision_of(target, output.dtype),
-    }
-    grid = (layout.rows // block_m, len(heads), batch)
-    return KernelLaunch(shares_kernel, grid, arguments, tile.num_warps, tile.num_stages)

@@ -1,4 +1,4 @@
-"""Matrix products for the torch backend."""
+"""Matrix products of the torch operators' paths."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""How much of the value correction each head wants, measured on a few of its queries.
+
+The value correction (:mod:`~psa_diffusers.backends.covariance`) gives back ``c = scale * lost mass * C q``. It is exact
+for small logits inside a group and wrong for large ones, where a few keys take all: there it can do harm. So a few
+queries of every head are computed in full and by the plan, and the gain is what fits best,
+``g = sum <dense - sparse, c> / sum <c, c>``, in [0, GAIN_LIMIT].
+
+Nothing is pooled for it. The logit of a pooled key is the mean of its group's logits, since it is linear in the key;
+and ``C q`` is the mean over tokens of ``value x (logit - mean logit of its group)``. So one product with the keys and
+one with the values make all of it: for ROWS queries, (num_levels + 2) x ROWS / 2 / tokens of dense attention's work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 16
+GAIN_LIMIT = 1.5
+
+
+def measure_value_gain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    levels: Tensor,
+    order: Tensor | None,
+    real: Tensor | None,
+    *,
+    query_block_size: int,
+    kv_block_size: int,
+    num_levels: int,
+    scale: float,
+    seed: int,
+) -> Tensor:
+    """The gain of every head, float32 [batch, heads].
+
+    Args:
+        query, key, value: [batch, seq, heads, head_dim].
+        levels: int8 [batch, heads, query_blocks, kv_blocks], all above 0 where a block has real keys.
+        order: int64 [seq], the token at each position of the block order; None = raster.
+        real: bool [batch, kv_blocks, kv_block_size] where keys are padded, else None.
+    """
+    batch, heads, _, kv_blocks = levels.shape
+    positions = sampled_rows(query.shape[1], seed)
+    rows = positions if order is None else order.cpu()[positions]
+    block = (positions // query_block_size).to(levels.device)
+    queries = query.index_select(1, rows.to(query.device)).float() * scale
+    inside = _in_blocks(key.shape[1], kv_blocks, kv_block_size, key.device) if real is None else real
+    gains = torch.zeros(batch, heads, device=query.device)
+    # A head at a time: its logits and what is made of them are a few times ROWS x tokens in float32.
+    for head in range(heads):
+        keys, values = (_blocks(x[:, :, head], order, inside) for x in (key, value))
+        logits = torch.einsum("brd,bnd->brn", queries[:, :, head], keys.flatten(1, 2)).unflatten(2, keys.shape[1:3])
+        gains[:, head] = _fit(logits, values, inside, levels[:, head, block], num_levels)
+    return gains
+
+
+def sampled_rows(length: int, seed: int) -> Tensor:
+    """int64 [rows] on the CPU: positions, one in each of as many equal parts of the sequence."""
+    rows = min(ROWS, length)
+    jitter = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((torch.arange(rows) + jitter) * (length / rows)).long().clamp(max=length - 1)
+
+
+def _fit(logits: Tensor, values: Tensor, inside: Tensor, levels: Tensor, num_levels: int) -> Tensor:
+    """Gain [batch] of a head: logits [batch, rows, blocks, block size], values [batch, blocks, block size, head_dim],
+    inside bool [batch or 1, blocks, block size], levels int8 [batch, rows, blocks]."""
+    inside = inside[:, None]
+    logits = torch.where(inside, logits, 0.0)
+    coarse, gaps, sizes = logits, [], [2**level for level in range(1, num_levels)] + [logits.shape[3]]
+    for level, size in enumerate(sizes, start=2):
+        pooled = _group_means(logits, inside, size)
+        gaps.append(logits - pooled)
+        coarse = torch.where((levels == level)[..., None], pooled, coarse)
+    dense, sparse = (
+        torch.softmax(x.masked_fill(~inside, -torch.inf).flatten(2), -1).view_as(x) for x in (logits, coarse)
+    )
+    tokens = inside.sum((2, 3), keepdim=True).clamp(min=1)
+    flat = torch.stack([dense - sparse, *(gap * inside / tokens for gap in gaps)]).flatten(3)
+    error, *shifts = torch.einsum("xbrn,bnd->xbrd", flat, values.flatten(1, 2))  # [batch, rows, head_dim] each
+    mass, whole = sparse.sum(3), shifts[-1]
+    lost = sum(
+        (mass * (levels == level)).sum(2) * _share(shift, whole)[:, None] for level, shift in enumerate(shifts, start=2)
+    )
+    correction = lost[..., None] * whole
+    power = correction.square().sum((1, 2))
+    fitted = (error * correction).sum((1, 2)) / power
+    return torch.where(power > 0, fitted, 0.0).clamp_(0.0, GAIN_LIMIT)
+
+
+def _share(shift: Tensor, whole: Tensor) -> Tensor:
+    """[batch]: how much of the whole correction a level loses, as these rows [batch, rows, head_dim] have it."""
+    power = whole.square().sum((1, 2))
+    return torch.where(power > 0, (shift * whole).sum((1, 2)) / power, 0.0).clamp(0.0, 1.0)
+
+
+def _group_means(logits: Tensor, inside: Tensor, size: int) -> Tensor:
+    """Like logits: every token's is the mean over the real tokens of its group of ``size``."""
+    groups, real = logits.unflatten(3, (-1, size)), inside.unflatten(3, (-1, size))
+    means = groups.sum(4, keepdim=True) / real.sum(4, keepdim=True).clamp(min=1)
+    return means.expand_as(groups).flatten(3)
+
+
+def _in_blocks(length: int, blocks: int, size: int, device: torch.device) -> Tensor:
+    return (torch.arange(blocks * size, device=device) < length).view(1, blocks, size)
+
+
+def _blocks(tokens: Tensor, order: Tensor | None, inside: Tensor) -> Tensor:
+    """float32 [batch, blocks, block size, head_dim] of tokens [batch, seq, head_dim]; 0 where there is none."""
+    rows = (tokens if order is None else tokens.index_select(1, order)).float()
+    missing = inside.shape[1] * inside.shape[2] - rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(1, inside.shape[1:])
+    return torch.where(inside[..., None], rows, 0.0)
