@@ -31,16 +31,16 @@ def main() -> None:
                 chosen = value_gain.sampled_rows(case.tokens, seed=1)
                 lost = (result.output[:, chosen] - case.dense[:, chosen]).double().norm()
                 seen = float(lost / case.dense[:, chosen].double().norm())
-                facts = {"source": case.source, "case": case.name, "budget": budget, "rows": count}
+                facts = {"source": case.source, "case": case.name, "budget": budget, "queries": count}
                 rows.append({**facts, "error": round(true, 6), "probe": round(seen, 6), "ratio": round(seen / true, 4)})
             value_gain.ROWS = 16
     write_rows(arguments.output / "error_probe.csv", rows)
     figure = new_figure(4.6, 4.2)
     axes = figure.subplots()
     for count in ROWS:
-        part = pick(rows, rows=count)
+        part = pick(rows, queries=count)
         ratios = sorted(row["ratio"] for row in part)
-        print(f"{count} rows: ratio median {ratios[len(ratios) // 2]:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+        print(f"{count} queries: ratio median {ratios[len(ratios) // 2]:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
         axes.plot([r["error"] for r in part], [r["probe"] for r in part], "o", markersize=4, label=f"{count} queries")
     line = [min(r["error"] for r in rows), max(r["error"] for r in rows)]
     axes.plot(line, line, color="gray", linewidth=1)
