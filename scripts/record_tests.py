@@ -3,7 +3,7 @@
     python scripts/record_tests.py --csv benchmarks/test_runs.csv -- -m slow tests/backends
 
 What follows -- goes to pytest. For what does not run at every change: the full matrices, and what needs a GPU. A run
-that is stopped leaves no row. The exit code is pytest's.
+that is stopped by Ctrl-C has "no" under finished, and the counts until then. The exit code is pytest's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ("tests", "failures", "errors", "skipped")
+STOPPED = 2  # pytest's exit code
 PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
 
@@ -33,6 +34,16 @@ def read_counts(report: Path) -> dict[str, int]:
     found = [{name: int(suite.get(name, 0)) for name in COUNTS} for suite in suites]
     tests, failures, errors, skipped = (sum(suite[name] for suite in found) for name in COUNTS)
     return {"passed": tests - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
+
+
+def run(command: list[str]) -> int:
+    """The exit code. Ctrl-C is pytest's to hear: it writes its report then."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def commit() -> str:
@@ -72,12 +83,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", *options.arguments, f"--junitxml={report}"]
-        code = subprocess.run(command, cwd=ROOT).returncode
-        if code not in (0, 1):  # stopped, or no tests
+        code = run(command)
+        if code not in (0, 1, STOPPED):  # no tests, or no such option
             return code
         counts = read_counts(report)
     seconds = (datetime.datetime.now(datetime.timezone.utc) - start).total_seconds()
-    row = {"command": shlex.join(["pytest", *options.arguments]), **counts, "seconds": round(seconds)}
+    row = {"command": shlex.join(["pytest", *options.arguments]), **counts}
+    row |= {"finished": "no" if code == STOPPED else "yes", "seconds": round(seconds)}
     row |= {"commit": before, "date": f"{start:%Y-%m-%d}", "device": device(), "python": platform.python_version()}
     write_row(options.csv, row | {package: version(package) for package in PACKAGES})
     return code

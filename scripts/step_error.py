@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
+from psa_diffusers import PSAConfig
 from psa_diffusers.demo import load_pipeline, model_defaults, model_folder
 from psa_diffusers.metrics.video_io import whole_file
 from psa_diffusers.report.step_error import record_steps, settings_at, step_error
@@ -44,7 +45,9 @@ def main(
         recorded = record_steps(pipe, text, guidance_scale=guidance_scale, seed=seed, **run)
         for number in step or [2, 4, 6]:
             for at in budget or [0.15, 0.25]:
-                for name, config in settings_at(at).items():
+                settings = settings_at(at)
+                settings["the same, value_correction=fitted"] = PSAConfig(compute_budget=at, value_correction="fitted")
+                for name, config in settings.items():
                     found = step_error(pipe, recorded[number], config)
                     row = {"budget": at, "setting": name, "prompt": text, "step": number}
                     rows.append({**row, "achieved": found.compute_budget, "error": found.error})

@@ -1,10 +1,11 @@
 """Times the attention of the Triton backend, stage by stage, beside dense attention on the same tensors. Needs a GPU.
 
-    python scripts/time_attention.py --shapes 16384x12 32768x12 75600x40 --csv benchmarks/attention_stages_h100.csv
+    python scripts/time_attention.py --shapes 16384x12 17550x48x64 75600x40 --csv benchmarks/attention_stages_h100.csv
 
 Stages take turns, so that a GPU that gets hot slows all of them; medians, p20 and p80. Times are GPU times: launches
 are queued behind a pause, so that the host's time does not count. Planning is not in them: scripts/time_planning.py
-times that. ``tflops`` counts what the plan asks for, ``compute_budget`` times dense attention's operations.
+times that. ``tflops`` counts what the plan asks for, ``compute_budget`` times dense attention's operations. ``host`` is
+what the host needs to enqueue the whole call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from time_planning import GRIDS, HEAD_DIM, make_inputs
+from time_planning import GRIDS, host_time, make_inputs, read_shape
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.backends.triton import attend_triton, hopper
@@ -41,33 +42,34 @@ COLUMNS = ("gpu", "tokens", "heads", "head_dim", "compute_budget", "stage", "med
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["16384x12"], metavar="TOKENSxHEADS")
+    parser.add_argument("--shapes", nargs="+", default=["16384x12"], metavar="TOKENSxHEADS[xHEAD_DIM]")
     parser.add_argument("--compute-budget", type=float, default=0.15)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows = []
     for shape in options.shapes:
-        tokens, heads = map(int, shape.split("x"))
-        rows += measure(tokens, heads, options.compute_budget, options.repeats)
+        rows += measure(*read_shape(shape), options.compute_budget, options.repeats)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     return 0
 
 
-def measure(tokens: int, heads: int, budget: float, repeats: int) -> list[tuple]:
+def measure(tokens: int, heads: int, head_dim: int, budget: float, repeats: int) -> list[tuple]:
     """One row a stage; prints them."""
-    query, key, value = make_inputs(tokens, heads)
+    query, key, value = make_inputs(tokens, heads, head_dim)
     plan = build_plan(query, key, value, PSAConfig(compute_budget=budget), grid=GRIDS[tokens])
     achieved = plan.compute_budget
-    times = take_turns(stages_of(query, key, value, plan), repeats)
+    stages = stages_of(query, key, value, plan)
+    times = take_turns(stages, repeats)
+    times["host"] = [host_time(stages["whole"], repeats)]
     rows = []
     for stage, taken in times.items():
         median, low, high = (sorted(taken)[int(share * (len(taken) - 1))] for share in (0.5, 0.2, 0.8))
-        share = {"dense": 1.0, "pyramid": 0.0, "covariance": 0.0}.get(stage.split(",")[0], achieved)
-        tflops = share * 4 * heads * HEAD_DIM * tokens**2 / median / 1e9
-        sizes = (torch.cuda.get_device_name(), tokens, heads, HEAD_DIM, round(achieved, 4))
+        share = {"dense": 1.0, "pyramid": 0.0, "covariance": 0.0, "host": 0.0}.get(stage.split(",")[0], achieved)
+        tflops = share * 4 * heads * head_dim * tokens**2 / median / 1e9
+        sizes = (torch.cuda.get_device_name(), tokens, heads, head_dim, round(achieved, 4))
         rows.append((*sizes, stage, round(median, 4), round(low, 4), round(high, 4), round(tflops, 1)))
         print(*rows[-1], flush=True)
     return rows
@@ -75,7 +77,8 @@ def measure(tokens: int, heads: int, budget: float, repeats: int) -> list[tuple]
 
 def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Callable[[], object]]:
     """What is timed, by name: dense attention, the whole call with each kernel, and its stages."""
-    scale, target = HEAD_DIM**-0.5, target_of(query.device)
+    head_dim, target = query.shape[-1], target_of(query.device)
+    scale = head_dim**-0.5
     heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
 
     def dense(backend: SDPBackend) -> Tensor:
@@ -111,7 +114,7 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
         "attention, kernel for all GPUs": portable,
     }
     sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
-    if not hopper.hopper_obstacle(target, HEAD_DIM, query.dtype, *sizes):
+    if not hopper.hopper_obstacle(target, head_dim, query.dtype, *sizes):
         stages["attention, Hopper kernel"] = lambda: hopper.hopper_attention_launch(
             *tensors, plan.level_mask, layout, covariance, **named
         ).run()

@@ -3,7 +3,8 @@
     python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h100.csv
 
 Times are GPU times: launches are queued behind a pause, so that the host's time does not count; ``host_ms`` is what the
-host needs to enqueue the whole plan. Medians. Inputs are smooth random fields with noise, head dim 128, bfloat16.
+host needs to enqueue the whole plan. Medians. Inputs are smooth random fields with noise, bfloat16; their head dim is
+128 unless a shape names another.
 """
 
 from __future__ import annotations
@@ -31,27 +32,29 @@ from psa_diffusers.planning.blocks import make_layout
 from psa_diffusers.planning.triton import planner
 from psa_diffusers.planning.triton.statistics import statistics_launch
 
-GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32), 16384: (16, 32, 32), 32768: (32, 32, 32), 75600: (21, 45, 80)}
-HEAD_DIM = 128
-COLUMNS = ("gpu", "tokens", "heads", "stage", "launches", "ms", "share_of_dense")
+GRIDS = {
+    **{1024 * frames: (frames, 32, 32) for frames in (2, 4, 6, 8, 16, 32)},
+    17550: (13, 30, 45),
+    32760: (21, 30, 52),
+    75600: (21, 45, 80),
+}
+COLUMNS = ("gpu", "tokens", "heads", "head_dim", "stage", "launches", "ms", "share_of_dense")
 
 
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["4096x12", "16384x12"], metavar="TOKENSxHEADS")
+    parser.add_argument("--shapes", nargs="+", default=["4096x12", "16384x12"], metavar="TOKENSxHEADS[xHEAD_DIM]")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows = []
     for shape in options.shapes:
-        tokens, heads = map(int, shape.split("x"))
-        times = measure(tokens, heads, options.repeats)
+        sizes = read_shape(shape)
+        times = measure(*sizes, options.repeats)
         dense = times["dense"][1]
         for stage, (launches, ms) in times.items():
-            rows.append(
-                (torch.cuda.get_device_name(), tokens, heads, stage, launches, round(ms, 4), f"{ms / dense:.4f}")
-            )
+            rows.append((torch.cuda.get_device_name(), *sizes, stage, launches, round(ms, 4), f"{ms / dense:.4f}"))
             print(*rows[-1], flush=True)
     if options.csv:
         with options.csv.open("w", newline="") as file:
@@ -59,9 +62,15 @@ def main() -> int:
     return 0
 
 
-def measure(tokens: int, heads: int, repeats: int) -> dict[str, tuple[int, float]]:
+def read_shape(text: str) -> tuple[int, int, int]:
+    """Tokens, heads and head dim."""
+    tokens, heads, head_dim = map(int, f"{text}x128".split("x")[:3])
+    return tokens, heads, head_dim
+
+
+def measure(tokens: int, heads: int, head_dim: int, repeats: int) -> dict[str, tuple[int, float]]:
     """Launches and milliseconds by stage: dense attention, the whole plan, its kernels, the block lists, host time."""
-    query, key, value = make_inputs(tokens, heads)
+    query, key, value = make_inputs(tokens, heads, head_dim)
     config, grid = PSAConfig(), GRIDS[tokens]
 
     def plan() -> object:
@@ -97,7 +106,9 @@ def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, gr
     launches = [statistics_launch(key, value, made, draws, **places)]
     inputs = (query, config, layout.order, positions, made, estimates)
     full_blocks = key.shape[1] // config.kv_block_size
-    launches += planner.estimate_launches(*inputs, scale=HEAD_DIM**-0.5, full_blocks=full_blocks, target=target)
+    launches += planner.estimate_launches(
+        *inputs, scale=query.shape[-1] ** -0.5, full_blocks=full_blocks, target=target
+    )
     launches += planner.choice_launches(config, layout, made, estimates, choices, is_padded=False, target=target)
     lists, lengths = empty_read_lists(choices.levels, config.num_levels)
     launches.append(read_lists_launch(choices.levels, lists, lengths, config.kv_block_size))
@@ -135,22 +146,22 @@ def host_time(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def make_inputs(tokens: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, tokens, heads, HEAD_DIM] bfloat16, made on the GPU: queries share half of their field with the keys."""
+def make_inputs(tokens: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, tokens, heads, head_dim] bfloat16, made on the GPU: queries share half of their field with the keys."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    query, key, value = (torch.empty(1, tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    query, key, value = (torch.empty(1, tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     for head in range(heads):
-        shared, own, content = (_field(GRIDS[tokens], generator) for _ in range(3))
+        shared, own, content = (_field(GRIDS[tokens], head_dim, generator) for _ in range(3))
         for tensor, field in ((query, 2.0 * (shared + own) / 2**0.5), (key, shared), (value, content)):
             noise = torch.randn(field.shape, device="cuda", generator=generator)
             tensor[0, :, head] = 0.84 * field + 0.55 * noise
     return query, key, value
 
 
-def _field(grid: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    coarse = torch.randn(1, HEAD_DIM, *(max(2, size // 3) for size in grid), device="cuda", generator=generator)
+def _field(grid: tuple[int, int, int], head_dim: int, generator: torch.Generator) -> Tensor:
+    coarse = torch.randn(1, head_dim, *(max(2, size // 3) for size in grid), device="cuda", generator=generator)
     field = F.interpolate(coarse, size=grid, mode="trilinear", align_corners=True)
-    return (field / field.std()).reshape(HEAD_DIM, -1).T
+    return (field / field.std()).reshape(head_dim, -1).T
 
 
 if __name__ == "__main__":

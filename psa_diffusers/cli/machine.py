@@ -89,6 +89,7 @@ def _try_dtype(dtype, device: str) -> None:
 
 
 def check_offload(offload: str, device: str) -> None:
+    """Refuse offloading where there is no GPU to offload from."""
     import torch
 
     if offload != "none" and torch.device(device).type == "cpu":

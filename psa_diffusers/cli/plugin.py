@@ -16,12 +16,14 @@ def switch_on(pipe: Any, config: PSAConfig) -> None:
 
 
 def switch_off(pipe: Any) -> None:
+    """Back to native attention."""
     from .. import disable_psa
 
     disable_psa(pipe)
 
 
 def statistics(pipe: Any) -> Any:
+    """What the last run with PSA did."""
     from ..integration import psa_statistics
 
     return psa_statistics(pipe)

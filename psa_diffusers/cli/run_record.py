@@ -69,6 +69,7 @@ def describe_request(prompt: str, settings: GenerationSettings, model: dict[str,
 
 
 def describe_environment(settings: GenerationSettings, command: str) -> dict[str, Any]:
+    """What it ran by and on, and when."""
     import torch
 
     return {

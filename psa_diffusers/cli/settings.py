@@ -112,6 +112,7 @@ def check_words(prompts: list[str], vocabulary: Vocabulary | None) -> list[str]:
 
 
 def check_lpips_weights(path: Path | None, compare: bool) -> None:
+    """Refuse weights that are not there, or that nothing would use."""
     if path is not None and not compare:
         raise WrongUsageError("--lpips-weights is for --compare; add it, or leave both out.")
     if path is not None and not path.is_file():

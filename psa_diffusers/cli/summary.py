@@ -33,7 +33,8 @@ def _run_table(record: dict[str, Any]) -> Table:
         seconds = _number(record[f"seconds_per_{kind}_step"], 2)
         table.add_row(f"{kind} steps", str(record[f"{kind}_steps"]), seconds)
     table.caption = f"compute budget {_number(record['compute_budget_sparse_calls'], 3)} over the sparse calls, "
-    table.caption += f"{_number(record['compute_budget_all_calls'], 3)} over all; {record['backend']} backend"
+    table.caption += f"{_number(record['compute_budget_all_calls'], 3)} over all; "
+    table.caption += f"{record['backend']} backend" if record["backend"] else "nothing was sparse"
     return table
 
 
@@ -64,7 +65,9 @@ def show_comparison(results: dict[str, Any]) -> None:
     if not console.is_terminal:  # a file has no width to keep to
         console.width = 120
     dense = results["totals"][0]
-    title = f"{dense['clips']} clips of {dense['prompts']} prompts; means with {results['confidence']:.0%} intervals"
+    title = f"{_count(dense['clips'], 'clip')} of {_count(dense['prompts'], 'prompt')}; means"
+    if results["totals"][1]["ssim"]["low"] is not None:
+        title += f" with {results['confidence']:.0%} intervals"
     names = ("setting", "budget", "PSNR dB", "SSIM", "LPIPS", "flicker", "seconds", "speedup")
     table = Table(*names, title=title, title_justify="left")
     for entry in results["totals"]:
@@ -87,3 +90,7 @@ def show_comparison(results: dict[str, Any]) -> None:
 def _interval(mean: dict[str, Any], digits: int) -> str:
     value, low, high = (_number(mean[name], digits) for name in ("value", "low", "high"))
     return value if mean["low"] is None else f"{value}\n{low} to {high}"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)

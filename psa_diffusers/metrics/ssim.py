@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 from skimage.metrics import structural_similarity
 
 from .video_io import check_pair
 
-_THREADS = min(8, os.cpu_count() or 1)
 _WINDOW = 11  # pixels that the Gaussian of sigma 1.5 spans in scikit-image
 
 
@@ -34,9 +30,4 @@ def ssim_of_frames(reference: np.ndarray, video: np.ndarray) -> list[float]:
             f"ssim: height and width must be at least {_WINDOW}, but are {reference.shape[1]} and {reference.shape[2]}."
         )
     settings = dict(channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-
-    def of_frame(pair: tuple[np.ndarray, np.ndarray]) -> float:
-        return float(structural_similarity(*pair, **settings))
-
-    with ThreadPoolExecutor(_THREADS) as pool:  # its filters let go of Python's lock
-        return list(pool.map(of_frame, zip(reference, video, strict=True)))
+    return [float(structural_similarity(a, b, **settings)) for a, b in zip(reference, video, strict=True)]

@@ -96,8 +96,9 @@ class Plan:
 
     @property
     def density(self) -> float:
-        """Share of block pairs that are read at any level."""
-        return float((self.level_mask > 0).double().mean())
+        """Share of block pairs with real keys that are read at any level. Synchronises a GPU; not for hot paths."""
+        pairs = self.level_counts().sum((1, 2)).double()
+        return float(pairs[1:].sum() / pairs.sum().clamp(min=1))
 
 
 def mean_cost(counts: Tensor, num_levels: int, kv_block_size: int) -> Tensor:

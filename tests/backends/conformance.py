@@ -227,6 +227,19 @@ def check_value_correction(attend, case: Case) -> None:
         assert_agrees_with_reference(attend, variant, (query, key, value), plan, value_correction="covariance")
 
 
+def check_value_gain(attend, case: Case) -> None:
+    """3d. The same where each head gets so much of it: none, a part, all, more."""
+    query, key, value = make_inputs(case)
+    value = (value + key.roll(1, -1)).to(case.dtype)
+    gains = torch.tensor([0.5, 0.0, 1.25, 1.0])
+    gain = gains[torch.arange(case.batch * case.heads) % 4].view(case.batch, case.heads)
+    plan = replace(make_plan(case, lowest=1), value_gain=gain)
+    assert_agrees_with_reference(attend, case, (query, key, value), plan, value_correction="covariance")
+    none, _ = attend(query, key, value, replace(plan, value_gain=0 * gain), scale=case.scale)
+    expected, _ = attend(query, key, value, replace(plan, value_gain=None), scale=case.scale)
+    assert torch.equal(none, expected)  # without the correction the gain has no say
+
+
 def check_empty_rows(attend, case: Case) -> None:
     """5. A block of queries with nothing to read gets output 0 and lse -inf; its neighbours get theirs."""
     inputs, plan = make_inputs(case), make_plan(case, lowest=1)
@@ -334,6 +347,7 @@ CHECKS = (
     check_random_plans,
     check_variance_correction,
     check_value_correction,
+    check_value_gain,
     check_empty_rows,
     check_isolation,
     check_block_order,

@@ -140,7 +140,7 @@ def test_the_results_say_how_to_repeat_them(compared, psa_compare):
 
 def test_the_summary_and_json(small, tmp_path):
     run = small()
-    assert run.code == 0 and "1 clips of 1 prompts" in run.out and "No LPIPS" in run.out
+    assert run.code == 0 and "1 clip of 1 prompt; means" in run.out and "No LPIPS" in run.out
     assert "1 of 1: 001-seed0" in run.err and "report.html" in run.out
     run = small("--json")
     assert run.json == json.loads((tmp_path / "out" / "compare.json").read_text())

@@ -167,6 +167,7 @@ def test_calls_that_fall_back_are_reported_with_their_reason(psa_generate, saved
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["fallbacks"] == [{"reason": "one block of keys", "calls": 6}]
     assert "Stayed dense in 6 calls: one block of keys" in run.out
+    assert "nothing was sparse" in " ".join(run.out.split()) and "None" not in run.out
 
 
 def test_words_that_the_model_does_not_know_are_named(psa_generate, saved_model, tmp_path):

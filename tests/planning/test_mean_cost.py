@@ -28,3 +28,4 @@ def test_mean_cost_is_the_mean_over_pairs_with_real_keys(lengths, ordered):
     assert plan.mean_cost().dtype == torch.float64
     assert float(plan.mean_cost()) == pytest.approx(float(costs[counted].mean()), rel=1e-12)
     assert plan.compute_budget == float(plan.mean_cost())
+    assert plan.density == pytest.approx(float((plan.level_mask > 0)[counted].double().mean()), rel=1e-12)

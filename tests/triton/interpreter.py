@@ -17,6 +17,8 @@ import torch
 class Interpreter:
     """A worker process that imports ``psa_diffusers.backends.triton`` under the interpreter and calls its functions."""
 
+    patience = 1800  # seconds; the machine may be busy
+
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe()
@@ -24,13 +26,17 @@ class Interpreter:
             self._process = context.Process(target=_serve, args=(other_end,), daemon=True)
             self._process.start()
         other_end.close()
+        self._calls = 0
 
     def call(self, module: str, function: str, *arguments: object, **named: object) -> object:
         """``module.function(*arguments, **named)`` in the worker; what it raises is raised here."""
-        self._connection.send((module, function, arguments, named))
-        if not self._connection.poll(timeout=300):
-            raise TimeoutError(f"{function} did not return under the interpreter within 300 seconds")
-        succeeded, result = self._connection.recv()
+        self._calls += 1
+        self._connection.send((self._calls, module, function, arguments, named))
+        number = 0
+        while number != self._calls:  # an answer that came too late is not the next call's
+            if not self._connection.poll(timeout=self.patience):
+                raise TimeoutError(f"{function} did not return under the interpreter within {self.patience} seconds")
+            number, succeeded, result = self._connection.recv()
         if not succeeded:
             raise result
         return result
@@ -66,11 +72,11 @@ def _serve(connection: Connection) -> None:
     # Tensors travel as bytes, strides and all: descriptors of shared memory would run out, and outlive their sender.
     while True:
         try:
-            module, function, arguments, named = connection.recv()
+            number, module, function, arguments, named = connection.recv()
         except EOFError:
             return
         try:
-            result = (True, getattr(importlib.import_module(module), function)(*arguments, **named))
+            result = (number, True, getattr(importlib.import_module(module), function)(*arguments, **named))
         except Exception as error:
-            result = (False, error)
+            result = (number, False, error)
         connection.send(result)

@@ -58,6 +58,14 @@ def test_a_tile_merges_only_the_blocks_of_its_list(interpreter, level):
     conformance.assert_agrees_with_reference(interpreter.attend, case, (query, key, value), plan)
 
 
+def test_an_answer_that_comes_too_late_is_not_the_next_calls(interpreter, monkeypatch):
+    with monkeypatch.context() as hasty:
+        hasty.setattr(interpreter, "patience", 0)
+        with pytest.raises(TimeoutError):
+            interpreter.call("time", "sleep", 0.5)
+    assert interpreter.call("operator", "add", 1, 2) == 3
+
+
 def test_levels_beyond_the_centroid_are_skipped(interpreter):
     case = CONFORMANCE_CASES[0]
     inputs, plan = conformance.make_inputs(case), conformance.make_plan(case, lowest=1)

@@ -171,6 +171,7 @@ def covariance_finish_kernel(
     totals,
     bias,
     counted,
+    gain,
     matrix,
     factors,
     heads,
@@ -183,7 +184,8 @@ def covariance_finish_kernel(
     SLAB: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: a head's matrix from its levels' sums [levels, batch * heads, BD, BD], and the levels' shares."""
+    """One program: a head's matrix from its levels' sums [levels, batch * heads, BD, BD], and the levels' shares,
+    times the head's ``gain`` [batch * heads] where there is one."""
     head = tl.program_id(0).to(tl.int64)
     all_heads = tl.num_programs(0)
     centroids = kv_blocks * ((2 << LOG_KV_BLOCK) - (2 << LOG_KV_BLOCK >> LEVELS))
@@ -219,6 +221,8 @@ def covariance_finish_kernel(
         tl.store(matrix + place, whole.to(matrix.dtype.element_ty), mask=inside)
 
     norm = tl.sum(tl.sum(inner[LEVELS - 1], axis=1), axis=0)
+    if gain is not None:
+        largest *= tl.load(gain + head)
     factors += head * (LEVELS + 1)
     tl.store(factors, 0.0)
     for level in tl.static_range(1, LEVELS + 1):
@@ -241,14 +245,14 @@ def build_covariance(pyramid: Pyramid, layout: PyramidLayout, counted: Tensor) -
 
 
 def covariance_launches(
-    pyramid: Pyramid, layout: PyramidLayout, counted: Tensor
+    pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, gain: Tensor | None = None
 ) -> tuple[Covariance, list[KernelLaunch]]:
     """:func:`build_covariance` before it has run: its result's buffers, and what fills them."""
     covariance, partial, totals = empty_covariance(pyramid, layout)
     launches = [
         covariance_launch(pyramid, layout, counted, partial),
         covariance_sum_launch(partial, totals, layout),
-        covariance_finish_launch(totals, pyramid, layout, counted, covariance),
+        covariance_finish_launch(totals, pyramid, layout, counted, covariance, gain),
     ]
     return covariance, launches
 
@@ -317,13 +321,22 @@ def covariance_sum_launch(partial: Tensor, totals: Tensor, layout: PyramidLayout
 
 
 def covariance_finish_launch(
-    totals: Tensor, pyramid: Pyramid, layout: PyramidLayout, counted: Tensor, covariance: Covariance
+    totals: Tensor,
+    pyramid: Pyramid,
+    layout: PyramidLayout,
+    counted: Tensor,
+    covariance: Covariance,
+    gain: Tensor | None = None,
 ) -> KernelLaunch:
-    """The launch that fills ``covariance`` from sums over all blocks, float32 [levels, batch * heads, BD, BD]."""
+    """The launch that fills ``covariance`` from sums over all blocks, float32 [levels, batch * heads, BD, BD].
+
+    ``gain`` is float32 [batch, heads], contiguous, how much of it each head gets; None = all of it.
+    """
     arguments = {
         "totals": totals,
         "bias": pyramid.bias,
         "counted": counted,
+        "gain": gain,
         "matrix": covariance.matrix,
         "factors": covariance.factors,
         "heads": covariance.matrix.shape[1],

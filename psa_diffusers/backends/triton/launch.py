@@ -53,9 +53,10 @@ def attend_triton(
         Output like ``query`` (contiguous), and lse float32 [batch, heads, query_length] (natural logarithm) or None. A
         query with nothing to read gets output 0 and lse -inf.
 
-    Besides inputs and output this takes 1.89 times the memory of K and V for the pyramid (4 levels, kv blocks of 64;
-    2.84 times that of K and V with the variance), until it returns; a quarter of that for long videos, whose heads are
-    computed in groups. Nothing here waits for the device.
+    Besides inputs and output this takes, until it returns, the memory of the pyramid, 1.89 times that of K and V (4
+    levels, kv blocks of 64; 2.84 times with the variance), or a third or a quarter of it for long videos, whose heads
+    are computed in groups; and of the value correction's sums, about 35 MB at head dim 128. A shape's first call
+    prepares the next ones, and takes some more. Nothing here waits for the device.
 
     Raises:
         ValueError: the device, dtype, head_dim or block sizes are not supported; the message says which.
@@ -75,6 +76,7 @@ def attend_triton(
         None if plan.order is None else plan.order.to(query.device),
         None if plan.key_lengths is None else plan.key_lengths.to(query.device),
         lists.read_by_all if value_correction == "covariance" else None,
+        plan.value_gain if value_correction == "covariance" else None,
         [plan.query_block_size, plan.kv_block_size, plan.num_levels],
         scale,
         logit_correction == "variance",
@@ -94,6 +96,7 @@ def compute_attention(
     order: Tensor | None,
     key_lengths: Tensor | None,
     counted: Tensor | None,
+    value_gain: Tensor | None,
     block_sizes: list[int],
     scale: float,
     with_variance: bool,
@@ -101,7 +104,8 @@ def compute_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_triton` with tensors and numbers alone.
 
-    ``counted`` are the blocks that the value correction's covariance is taken over, None for no such correction;
+    ``counted`` are the blocks that the value correction's covariance is taken over, None for no such correction,
+    ``value_gain`` how much of it each head gets, None for all of it;
     ``block_sizes`` are query_block_size, kv_block_size and num_levels; an lse that is not asked for is empty.
     """
     out, lse = _empty_result(query, return_lse)
@@ -110,13 +114,14 @@ def compute_attention(
     options = _Options(*block_sizes, scale, with_variance, hopper.ENABLED)
     batch, length, heads, _ = query.shape
     for samples, some_heads in head_groups(batch, heads, ceil_div(length, options.query_block_size)):
-        parts, lengths, some_counted = (query, key, value, out), key_lengths, counted
+        parts, lengths, some_counted, gain = (query, key, value, out), key_lengths, counted, value_gain
         if (samples.stop, some_heads.stop) != (batch, heads) or (samples.start, some_heads.start) != (0, 0):
             parts = [tensor[samples, :, some_heads] for tensor in parts]
             lengths = None if lengths is None else lengths[samples]
             some_counted = None if counted is None else counted[samples, some_heads].contiguous()
+            gain = None if gain is None else gain[samples, some_heads].contiguous()
         first_head = samples.start * heads + some_heads.start
-        inputs = (*parts, some_lse, level_mask, blocks, counts, launch_order, order, lengths, some_counted)
+        inputs = (*parts, some_lse, level_mask, blocks, counts, launch_order, order, lengths, some_counted, gain)
         _RECIPES.run((first_head, options), inputs, partial(_record, first_head=first_head, options=options))
     return out, lse
 
@@ -144,7 +149,7 @@ class _Options(NamedTuple):
 
 def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options) -> Recording:
     """Fills the output, and the part of the lse (of all heads, as the lists are), for a group of heads."""
-    query, key, value, out, lse, level_mask, blocks, counts, launch_order, order, key_lengths, counted = inputs
+    query, key, value, out, lse, level_mask, blocks, counts, launch_order, order, key_lengths, counted, gain = inputs
     lists = ReadLists(blocks, counts, launch_order, None, None)
     target = target_of(query.device)
     layout = PyramidLayout(blocks.shape[1], options.kv_block_size, options.num_levels)
@@ -155,7 +160,7 @@ def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options)
     counter = query.new_empty(1, dtype=torch.int32) if is_hopper else None
     covariance, launches = None, [pyramid_launch(key, value, pyramid, layout, order, key_lengths, counter)]
     if counted is not None:
-        covariance, more = covariance_launches(pyramid, layout, counted)
+        covariance, more = covariance_launches(pyramid, layout, counted, gain)
         launches += more
     named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
     tensors = (query, out, lse, pyramid, lists)
@@ -192,8 +197,6 @@ def why_unsupported(query: Tensor, plan: Plan | None = None) -> str | None:
         return obstacle
     if plan is not None and plan.kv_block_size > MAX_KV_BLOCK_SIZE:
         return f"kv_block_size must be at most {MAX_KV_BLOCK_SIZE}, but is {plan.kv_block_size}"
-    if plan is not None and plan.value_gain is not None:
-        return "they have no value gain a head (value_correction='fitted')"
     return None
 
 
