@@ -59,19 +59,22 @@ def packed_rows_of(layout, rows):
     return torch.cat(places)
 
 
-@pytest.mark.parametrize("kv_blocks", [1, 37])
-def test_read_lists_sort_blocks_by_level(interpreter, kv_blocks):
-    mask = torch.randint(0, 6, (2, 3, 5, kv_blocks), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    made = interpreter.call("psa_diffusers.backends.triton.read_lists", "make_read_lists", mask, 4, 64)
+@pytest.mark.parametrize("kv_blocks, num_levels", [(1, 4), (37, 4), (1100, 4), (70, 7), (70, 1)])
+def test_read_lists_sort_blocks_by_level(interpreter, kv_blocks, num_levels):
+    """Also more blocks than are compacted at a time, and more levels than are counted at a time."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, num_levels + 3, (2, 3, 5, kv_blocks), generator=generator, dtype=torch.int8)
+    made = interpreter.call("psa_diffusers.backends.triton.read_lists", "make_read_lists", mask, num_levels, 128)
     lists = ReadLists(*made)
     assert lists.blocks.dtype == torch.int16
+    rows_of_level = [128 >> level for level in range(num_levels)] + [1]
     lengths = []
     for row, levels in enumerate(mask.view(-1, kv_blocks)):
-        of_level = [(levels == level).nonzero().flatten() for level in range(1, 6)]
+        of_level = [(levels == level).nonzero().flatten() for level in range(1, num_levels + 2)]
         assert lists.counts[row].tolist() == [len(blocks) for blocks in of_level]
         expected = torch.cat(of_level)
         assert torch.equal(lists.blocks[row, : len(expected)].long(), expected)
-        lengths.append(sum(len(blocks) * rows for blocks, rows in zip(of_level, (64, 32, 16, 8, 1), strict=True)))
+        lengths.append(sum(len(blocks) * rows for blocks, rows in zip(of_level, rows_of_level, strict=True)))
     lengths = torch.tensor(lengths).view(6, 5)
     order = lists.launch_order.view(6, 5).long()
     assert torch.equal(order // 5, torch.arange(6)[:, None].expand(6, 5)), "a head's rows are launched together"

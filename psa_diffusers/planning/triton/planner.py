@@ -15,7 +15,8 @@ from ...gpu.target import target_of, tensor_obstacle
 from ..blocks import Layout
 from ..budget import rung_costs
 from .centroids import centroid_launch
-from .masses import empty_masses, heads_at_a_time, masses_launch, masses_layout
+from .mass_buffers import empty_masses, heads_at_a_time, masses_layout
+from .masses import masses_launch
 from .prices import prices_launch
 from .samples import key_draws, query_positions
 from .shares import shares_launch

@@ -13,7 +13,7 @@ from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
 from ...gpu.target import padded_head_dim
 from ..errors import SHRINKAGE
-from .masses import Masses, MassesLayout
+from .mass_buffers import Masses, MassesLayout
 from .statistics import Statistics
 from .tiles import precision_of, shares_tile
 
