@@ -12,6 +12,8 @@ one with the values make all of it: for ROWS queries, (num_levels + 2) x ROWS / 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -42,18 +44,22 @@ def measure_value_gain(
         real: bool [batch, kv_blocks, kv_block_size] where keys are padded, else None.
     """
     batch, heads, _, kv_blocks = levels.shape
-    positions = sampled_rows(query.shape[1], seed)
-    rows = positions if order is None else order.cpu()[positions]
-    block = (positions // query_block_size).to(levels.device)
-    queries = query.index_select(1, rows.to(query.device)).float() * scale
+    positions = _rows_on(query.shape[1], seed, str(query.device))
+    rows, block = positions if order is None else order[positions], positions // query_block_size
+    queries = query.index_select(1, rows).float() * scale
     inside = _in_blocks(key.shape[1], kv_blocks, kv_block_size, key.device) if real is None else real
-    gains = torch.zeros(batch, heads, device=query.device)
-    # A head at a time: its logits and what is made of them are a few times ROWS x tokens in float32.
-    for head in range(heads):
-        keys, values = (_blocks(x[:, :, head], order, inside) for x in (key, value))
-        logits = torch.einsum("brd,bnd->brn", queries[:, :, head], keys.flatten(1, 2)).unflatten(2, keys.shape[1:3])
-        gains[:, head] = _fit(logits, values, inside, levels[:, head, block], num_levels)
-    return gains
+    # Some heads at a time: their logits, and what is made of them, are a few times rows x tokens in float32.
+    limit = 2**18 if query.device.type == "cpu" else 2**25
+    step = max(1, limit // (batch * len(rows) * key.shape[1]))
+    gains = []
+    for part in torch.arange(heads).split(step):
+        some = slice(int(part[0]), int(part[-1]) + 1)
+        keys, values = (_blocks(_heads_first(x[:, :, some]), order, inside, len(part)) for x in (key, value))
+        logits = torch.bmm(_heads_first(queries[:, :, some]), keys.flatten(1, 2).mT).unflatten(2, keys.shape[1:3])
+        some_levels = levels[:, some].index_select(2, block).flatten(0, 1)
+        fitted = _fit(logits, values, _of_heads(inside, len(part)), some_levels, num_levels)
+        gains.append(fitted.view(batch, len(part)))
+    return torch.cat(gains, 1)
 
 
 def sampled_rows(length: int, seed: int) -> Tensor:
@@ -61,6 +67,22 @@ def sampled_rows(length: int, seed: int) -> Tensor:
     rows = min(ROWS, length)
     jitter = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ((torch.arange(rows) + jitter) * (length / rows)).long().clamp(max=length - 1)
+
+
+@lru_cache(maxsize=64)
+def _rows_on(length: int, seed: int, device: str) -> Tensor:
+    """The same on the device, copied there once."""
+    return sampled_rows(length, seed).to(device)
+
+
+def _heads_first(tokens: Tensor) -> Tensor:
+    """[batch * heads, seq, head_dim] of [batch, seq, heads, head_dim]."""
+    return tokens.transpose(1, 2).flatten(0, 1)
+
+
+def _of_heads(inside: Tensor, heads: int) -> Tensor:
+    """bool [batch * heads or 1, blocks, block size] of [batch or 1, blocks, block size]."""
+    return inside if len(inside) == 1 else inside.repeat_interleave(heads, 0)
 
 
 def _fit(logits: Tensor, values: Tensor, inside: Tensor, levels: Tensor, num_levels: int) -> Tensor:
@@ -106,9 +128,9 @@ def _in_blocks(length: int, blocks: int, size: int, device: torch.device) -> Ten
     return (torch.arange(blocks * size, device=device) < length).view(1, blocks, size)
 
 
-def _blocks(tokens: Tensor, order: Tensor | None, inside: Tensor) -> Tensor:
-    """float32 [batch, blocks, block size, head_dim] of tokens [batch, seq, head_dim]; 0 where there is none."""
+def _blocks(tokens: Tensor, order: Tensor | None, inside: Tensor, heads: int) -> Tensor:
+    """float32 [batch * heads, blocks, block size, head_dim] of [batch * heads, seq, head_dim]; 0 beyond the end."""
     rows = (tokens if order is None else tokens.index_select(1, order)).float()
     missing = inside.shape[1] * inside.shape[2] - rows.shape[1]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(1, inside.shape[1:])
-    return torch.where(inside[..., None], rows, 0.0)
+    return torch.where(_of_heads(inside, heads)[..., None], rows, 0.0)
