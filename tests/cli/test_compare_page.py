@@ -144,6 +144,7 @@ def open_page(browser, compared):
 
     def make(**options):
         contexts.append(browser.new_context(offline=True, **options))
+        contexts[-1].set_default_timeout(180_000)  # for a busy machine
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
