@@ -71,6 +71,7 @@ class TestKernelsForHopper:
     @pytest.fixture(autouse=True)
     def on_small_grids(self, monkeypatch):
         monkeypatch.setattr(hopper, "MIN_PROGRAMS", 0)
+        monkeypatch.setattr(hopper, "ENABLED", True)
         assert hopper.fits_hopper(inputs()[0], 1, 128, 1.0, "sm_90")
 
     # Seeds that no other test has: what was planned before is planned again with the same kernels.

@@ -32,11 +32,17 @@ class PlanningCase(Protocol):
 
 def planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> KernelLaunch:
     """The launch that the planner makes for queries, keys and values like ``query`` [batch, seq, heads, head_dim]."""
+    if case.kernel in HOPPER_PLANNING_KERNELS:  # so many heads that it is worth it
+        query = query.new_empty(1, query.shape[1], hopper.MIN_PROGRAMS * 8, query.shape[3])
+        with hopper.switched_on():
+            return _planning_launch(case, query, order)
+    return _planning_launch(case, query, order)
+
+
+def _planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> KernelLaunch:
     config = PSAConfig(
         query_block_size=case.query_block_size, kv_block_size=case.kv_block_size, num_levels=case.num_levels
     )
-    if case.kernel in HOPPER_PLANNING_KERNELS:  # so many heads that it is worth it
-        query = query.new_empty(1, query.shape[1], hopper.MIN_PROGRAMS * 8, query.shape[3])
     batch, length, _, head_dim = query.shape
     statistics = empty_statistics(query, case.kv_block_size, case.num_levels, config.sampled_keys)
     kv_blocks, query_blocks = statistics.counts.shape[1], ceil_div(length, case.query_block_size)
