@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from .pyramids import HeadPyramid, Layout, build_head_pyramid, take
 from .reads import Reads, list_reads
 from .workers import run_groups, thread_count
 
-MOST_LOGITS = 2**20
+# Logits in memory at once: of all threads together, but for what a thread always may, since parts gather all anew.
+MOST_LOGITS = 2**21
+MOST_LOGITS_OF_ONE = 2**19
 
 
 def attend_torch(
@@ -61,7 +64,8 @@ def attend_torch(
     slots = min(len(heads), workers, max(1, len(heads) // 2))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         memory = [call.empty_memory(with_variance=logit_correction == "variance") for _ in range(slots)]
-        run_groups(heads, memory, call.prepare, _attend_blocks, call.finish, workers)
+        attend = partial(_attend_blocks, most_logits=max(MOST_LOGITS_OF_ONE, MOST_LOGITS // workers))
+        run_groups(heads, memory, call.prepare, attend, call.finish, workers)
     return call.out, call.lse
 
 
@@ -156,7 +160,7 @@ def _inverse(tokens: Tensor) -> Tensor:
     return torch.empty_like(tokens).scatter_(0, tokens, torch.arange(len(tokens), device=tokens.device))
 
 
-def _attend_blocks(blocks: _Blocks) -> None:
+def _attend_blocks(blocks: _Blocks, most_logits: int) -> None:
     """Compute some blocks of queries, and write their output over them."""
     if len(blocks.reads.rows) == 0:
         blocks.rows.zero_()
@@ -167,7 +171,7 @@ def _attend_blocks(blocks: _Blocks) -> None:
         _attend_together(blocks)
         return
     # Long reads take fewer queries at a time: they gather more than once, but logits stay in the cache.
-    parts = max(1, -(-len(blocks.rows) * len(blocks.reads.rows) // MOST_LOGITS))
+    parts = max(1, -(-len(blocks.rows) * len(blocks.reads.rows) // most_logits))
     size = max(16, -(-len(blocks.rows) // parts))
     lse = itertools.repeat(None) if blocks.lse is None else blocks.lse.split(size)
     for rows, part_lse in zip(blocks.rows.split(size), lse, strict=False):

@@ -30,6 +30,7 @@ def test_blocks_alone_and_in_parts(check, case, monkeypatch):
     """What long sequences need: each block of queries on its own, some queries at a time."""
     monkeypatch.setattr(reads, "MOST_ROWS_TOGETHER", 0)
     monkeypatch.setattr(torch_blocks, "MOST_LOGITS", 512)
+    monkeypatch.setattr(torch_blocks, "MOST_LOGITS_OF_ONE", 512)
     check(attend_torch, case)
 
 
