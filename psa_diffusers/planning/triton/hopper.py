@@ -16,7 +16,7 @@ from .tiles import Tile
 ENABLED = os.environ.get("PSA_HOPPER_PLANNER", "0") == "1"
 HEAD_DIMS = (64, 128)
 KEY_SAMPLES = 8  # of a kv block, that the masses' kernel takes
-QUERY_SAMPLES = 32  # of a query block, with empty rows, that the centroids' kernel takes
+QUERY_SAMPLES = 16  # of a query block, with empty rows, that the centroids' kernel takes
 # Some 8 a processor. Smaller grids are left to the kernels for all GPUs, whose smaller programs share out better.
 MIN_PROGRAMS = 1024
 
@@ -59,5 +59,5 @@ def masses_tile() -> Tile:
 
 
 def centroid_tile() -> Tile:
-    """Sampled queries x kv blocks, as many as registers and shared memory take; 32 queries a warp."""
+    """Sampled queries x kv blocks, as many as registers and shared memory take; 32 queries, two blocks, a warp."""
     return Tile(256, 64, 8, 3)
