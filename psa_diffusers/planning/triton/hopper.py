@@ -60,4 +60,4 @@ def masses_tile() -> Tile:
 
 def centroid_tile() -> Tile:
     """Sampled queries x kv blocks, as many as registers and shared memory take; 32 queries, two blocks, a warp."""
-    return Tile(256, 64, 8, 3)
+    return Tile(256, 64, 8, 2)

@@ -51,20 +51,19 @@ def _square_queries(
     KIND: gl.constexpr,
 ):
     """Fills ``squares`` with scale / 2 x those of the queries; writes the mean of the scaled ones' a block."""
-    HALF: gl.constexpr = rows.shape[0] // 2
     WARPS: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = gl.BlockedLayout([16 * D // 256, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     TABLE: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [WARPS, 1], [1, 0])
-    for half in gl.static_range(2):
-        square = rows.slice(half * HALF, HALF, 0).load(LAYOUT).to(gl.float32)
+    for part in gl.static_range(rows.shape[0] // (16 * WARPS)):  # a block a warp
+        square = rows.slice(part * 16 * WARPS, 16 * WARPS, 0).load(LAYOUT).to(gl.float32)
         square *= square
-        squares.slice(half * HALF, HALF, 0).store((square * (0.5 * scale)).to(KIND))
-        total = gl.sum(gl.reshape(square, (HALF // 16, 16, D)), 1) * (scale * scale)
-        first = first_block + half * (HALF // 16)
-        in_table = first + gl.arange(0, HALF // 16, gl.SliceLayout(1, TABLE))
+        squares.slice(part * 16 * WARPS, 16 * WARPS, 0).store((square * (0.5 * scale)).to(KIND))
+        total = gl.sum(gl.reshape(square, (WARPS, 16, D)), 1) * (scale * scale)
+        first = first_block + part * WARPS
+        in_table = first + gl.arange(0, WARPS, gl.SliceLayout(1, TABLE))
         count = _real_samples(positions, in_table, query_blocks, SAMPLES, TABLE)
         power = total / gl.convert_layout(count, gl.SliceLayout(1, total.type.layout))[:, None]
-        block = first + gl.arange(0, HALF // 16, gl.SliceLayout(1, total.type.layout))
+        block = first + gl.arange(0, WARPS, gl.SliceLayout(1, total.type.layout))
         channel = gl.arange(0, D, gl.SliceLayout(0, total.type.layout))
         places = features + block[:, None] * D + channel[None, :]
         gl.store(places, power.to(features.dtype.element_ty), mask=(block < query_blocks)[:, None])
