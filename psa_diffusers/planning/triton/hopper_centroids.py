@@ -172,9 +172,7 @@ def hopper_centroids_kernel(
 
     local = gl.arange(0, BLOCK_M, gl.SliceLayout(1, MEMORY))
     place = (first_block + local // 16, local % 16)
-    copy_queries(
-        rows.index(0), query, query_strides, positions, order, batch, head, *place, query_blocks, SAMPLES
-    )
+    copy_queries(rows.index(0), query, query_strides, positions, order, batch, head, *place, query_blocks, SAMPLES)
     for stage in gl.static_range(STAGES):  # the first one's group holds the queries too
         _copy_tile(means, spreads, stage, tiles, key_mean, key_spread, kv_blocks, STAGES)
     arrived(STAGES - 1)

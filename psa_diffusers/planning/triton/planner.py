@@ -157,7 +157,8 @@ def estimate_launches(
 ) -> Iterator[KernelLaunch]:
     """The launches that fill ``estimates``, in order; memory for the masses lives as long as this iterator.
 
-    ``positions``: see :func:`sampled_positions`. ``full_blocks``: so many kv blocks, from the first, miss no key in any sample of the batch.
+    ``positions``: see :func:`sampled_positions`. ``full_blocks``: so many kv blocks, from the first, miss no key in any
+    sample of the batch.
     """
     first_positions, second_positions = positions
     yield centroid_launch(

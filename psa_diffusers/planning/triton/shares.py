@@ -118,9 +118,7 @@ def shares_kernel(
     channel = tl.arange(0, BLOCK_D)
     query_block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_block = query_block < query_blocks
-    per_sample = 1.0 / tl.maximum(
-        _real_samples(positions, query_block, query_blocks, QUERY_SAMPLES, PADDED), 1.0
-    )
+    per_sample = 1.0 / tl.maximum(_real_samples(positions, query_block, query_blocks, QUERY_SAMPLES, PADDED), 1.0)
     pair_row = (batch * heads + head) * query_blocks + query_block
     first_row = (batch * heads_here + tl.program_id(1)) * rows_of_head + query_block * PADDED
     value_mean += (batch * heads + head) * kv_blocks * HEAD_DIM
