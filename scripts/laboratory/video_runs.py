@@ -62,7 +62,8 @@ class Runs:
         try:
             rows = list(self._measure(setting, batch))
         except Exception as error:  # one setting that fails must not take the others with it
-            self.failures.append(f"{setting}: {type(error).__name__}: {error}")
+            name = f"{setting.name} {setting.variant} @ {setting.budget:.4g} {setting.schedule}"
+            self.failures.append(f"{name}: {type(error).__name__}: {error}")
             traceback.print_exc()
             return
         append_rows(self.file, [row for row in rows if (row["prompt"], row["seed"]) in missing])
