@@ -49,17 +49,20 @@ class Variant(NamedTuple):
     e4m3_values: bool = False
     fresh: bool = False
     convert_first: bool = False
+    flat: bool = False
     registers: int = 232
 
 
 VARIANTS = {
     "bf16, 4 levels": Variant(4),
     "QK e4m3, 4 levels": Variant(4, 3),
+    "QK e4m3, 4 levels, flat tiles": Variant(4, 3, flat=True),
     "bf16": Variant(3),
     "QK e4m3": Variant(3, 3),
     "both e4m3": Variant(3, 4, True),
     "both e4m3, weights first": Variant(3, 4, True, convert_first=True),
     "both e4m3, weights first, 5 stages": Variant(3, 5, True, convert_first=True),
+    "both e4m3, weights first, flat tiles": Variant(3, 4, True, convert_first=True, flat=True),
     "both e4m3, sums in registers": Variant(3, 4, True, fresh=True, convert_first=True, registers=240),
 }
 
@@ -117,6 +120,7 @@ def launch_of(variant: Variant, setting: Setting, query: Tensor, out: Tensor, co
         stages=variant.stages,
         fresh=variant.fresh,
         convert_first=variant.convert_first,
+        flat=variant.flat,
         registers=variant.registers,
     )
 
@@ -147,7 +151,8 @@ def rows_read(setting: Setting, head: int, block: int) -> Tensor:
     for level in range(1, setting.layout.num_levels + 2):
         size = setting.layout.rows_per_block(level)
         blocks = (levels == level).nonzero()
-        rows.append((setting.layout.first_row(level) + blocks * size + torch.arange(size, device=blocks.device)).view(-1))
+        row = setting.layout.first_row(level) + blocks * size + torch.arange(size, device=blocks.device)
+        rows.append(row.view(-1))
     return torch.cat(rows)
 
 
@@ -180,7 +185,8 @@ def expected(setting: Setting, inputs: list[Tensor], samples: list[tuple[int, in
             last, values8 = head, None
             keys8 = e4m3(short.key[0, head]) * short.key_scale[0, head]
             if short.value is not None:
-                values8 = e4m3(short.value[0, head].flatten()[place].view(-1, HEAD_DIM)) * short.value_scale[0, head] + short.value_mean[0, head]
+                values8 = e4m3(short.value[0, head].flatten()[place].view(-1, HEAD_DIM))
+                values8 = values8 * short.value_scale[0, head] + short.value_mean[0, head]
         tokens = setting.plan.order[block * QUERY_BLOCK : (block + 1) * QUERY_BLOCK]
         queries = query[0, tokens, head].float()
         largest = queries.abs().amax(1, keepdim=True).clamp(min=1e-30)

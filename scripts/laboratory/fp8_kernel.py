@@ -39,7 +39,6 @@ from psa_diffusers.backends.triton.hopper_kernel import (
     thread_barrier,
 )
 
-
 # Newer releases of Triton have another name for the same.
 NEW_NAME = gl.constexpr(hasattr(shared_memory_descriptor, "reinterpret"))
 
@@ -95,6 +94,25 @@ def _weights(logits, running_max, new_max, SHIFT: gl.constexpr):
 
 
 @gluon.jit
+def _flat_bias(tile, stops, LEVELS: gl.constexpr):
+    """The bias that all columns of a tile have, or -1: centroids have several, and the last tile of a level may."""
+    bias = -1.0
+    is_last = False
+    for level in gl.static_range(LEVELS):
+        bias = gl.where((tile < stops[level]) & (bias < 0.0), level * 1.0, bias)
+        is_last = is_last | (tile == stops[level] - 1)
+    return gl.where(is_last, -1.0, bias)
+
+
+@gluon.jit
+def _flat_weights(logits, bias, running_max, scale, SHIFT: gl.constexpr):
+    """Weights where all columns have one bias, the new maximum, and what rescales: one instruction a number less."""
+    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale + bias)
+    shift = bias + SHIFT - new_max
+    return gl.exp2(logits * scale[:, None] + shift[:, None]), new_max, gl.exp2(running_max - new_max)
+
+
+@gluon.jit
 def _operand(weights, OPERAND: gl.constexpr, VALUES8: gl.constexpr):
     """Weights [ROWS, BLOCK_N] as the left operand; e4m3 ones in the order of keys of a granule."""
     if VALUES8:
@@ -127,18 +145,21 @@ def _attend(
     values,
     biases,
     done,
-    stop,
+    stops,
     scale,
     D: gl.constexpr,
+    LEVELS: gl.constexpr,
     STAGES: gl.constexpr,
     VALUES8: gl.constexpr,
     FRESH: gl.constexpr,
     CONVERT_FIRST: gl.constexpr,
+    FLAT: gl.constexpr,
 ):
     """Goes through all tiles for the e4m3 queries ``rows`` [ROWS, D] in shared memory; ``scale`` [ROWS].
 
     With FRESH a tile's product with its values is added up in registers, not in the matrix units, whose sums of e4m3
-    products have few bits.
+    products have few bits. With FLAT tiles whose biases are all alike, with no padding among the keys, skip them; not
+    together with FRESH.
     """
     ROWS: gl.constexpr = rows.shape[0]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
@@ -167,7 +188,7 @@ def _attend(
     if not VALUES8:
         weights = _operand(weights, OPERAND, VALUES8)
 
-    for tile in range(1, stop):
+    for tile in range(1, stops[LEVELS]):
         operand = weights
         if VALUES8 and CONVERT_FIRST:  # Not a turn before: bytes that are carried over would take a register each.
             operand = _operand(weights, OPERAND, VALUES8)
@@ -184,23 +205,31 @@ def _attend(
         else:
             pending = warpgroup_mma(operand, tile_values, accumulator, is_async=True)
         logits = warpgroup_mma_wait(1, [product])
-        logits, new_max = _scaled(logits, biases, slot, running_max, scale, COLUMN)
-        mbarrier.arrive(keys.empty.index(slot))
-        if FRESH:  # Before the weights: sums, a tile's product, operand and weights do not fit the registers.
-            part = warpgroup_mma_wait(0, [pending])
-            mbarrier.arrive(values.empty.index(before % STAGES))
-            accumulator = accumulator * gl.convert_layout(rescale, OUTPUT_ROW)[:, None] + part
-        weights, rescale = _weights(logits, running_max, new_max, SHIFT)
+        if FLAT:
+            bias = _flat_bias(tile, stops, LEVELS)
+            if bias >= 0.0:
+                new_weights, new_max, rescale = _flat_weights(logits, bias, running_max, scale, SHIFT)
+            else:
+                logits, new_max = _scaled(logits, biases, slot, running_max, scale, COLUMN)
+                new_weights, rescale = _weights(logits, running_max, new_max, SHIFT)
+            mbarrier.arrive(keys.empty.index(slot))
+        else:
+            logits, new_max = _scaled(logits, biases, slot, running_max, scale, COLUMN)
+            mbarrier.arrive(keys.empty.index(slot))
+            if FRESH:  # Before the weights: sums, a tile's product, operand and weights do not fit the registers.
+                part = warpgroup_mma_wait(0, [pending])
+                mbarrier.arrive(values.empty.index(before % STAGES))
+                accumulator = accumulator * gl.convert_layout(rescale, OUTPUT_ROW)[:, None] + part
+            new_weights, rescale = _weights(logits, running_max, new_max, SHIFT)
         running_max = new_max
-        running_sum = running_sum * rescale + gl.sum(weights, 1)
-        if not VALUES8:
-            weights = _operand(weights, OPERAND, VALUES8)
+        running_sum = running_sum * rescale + gl.sum(new_weights, 1)
+        weights = new_weights if VALUES8 else _operand(new_weights, OPERAND, VALUES8)
         if not FRESH:
             accumulator = warpgroup_mma_wait(0, [pending])
             mbarrier.arrive(values.empty.index(before % STAGES))
             accumulator = accumulator * gl.convert_layout(rescale, OUTPUT_ROW)[:, None]
 
-    last = done + stop - 1
+    last = done + stops[LEVELS] - 1
     mbarrier.wait(values.full.index(last % STAGES), (last // STAGES) & 1)
     tile_values = _value_tile(values, last % STAGES, D, VALUES8)
     operand = weights
@@ -211,7 +240,7 @@ def _attend(
     mbarrier.arrive(values.empty.index(last % STAGES))
     if FRESH:
         accumulator = accumulator * gl.convert_layout(rescale, OUTPUT_ROW)[:, None]
-    return accumulator + part, running_max, running_sum
+    return accumulator + part, running_sum
 
 
 @gluon.jit
@@ -239,6 +268,7 @@ def _consumer(
     VALUES8: gl.constexpr,
     FRESH: gl.constexpr,
     CONVERT_FIRST: gl.constexpr,
+    FLAT: gl.constexpr,
 ):
     """Answers half of each tile of queries, from ``offset``; ``short_rows`` and ``rows`` [ROWS, D] are for them."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -269,19 +299,21 @@ def _consumer(
         thread_barrier()
 
         stops = _tile_stops(lists.counts + row.to(gl.int64) * (LEVELS + 1), lists.kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)
-        accumulator, running_max, running_sum = _attend(
+        accumulator, running_sum = _attend(
             short_rows,
             keys,
             values,
             biases,
             done,
-            stops[LEVELS],
+            stops,
             gl.convert_layout(row_scale, ROW),
             D,
+            LEVELS,
             STAGES,
             VALUES8,
             FRESH,
             CONVERT_FIRST,
+            FLAT,
         )
         done += stops[LEVELS]
         is_empty = running_sum == 0.0
@@ -343,6 +375,7 @@ def fp8_attention_kernel(
     VALUES8: gl.constexpr,
     FRESH: gl.constexpr,
     CONVERT_FIRST: gl.constexpr,
+    FLAT: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """As the package's kernel; ``key_scales`` [heads], ``value_scales`` and ``value_means`` [heads, D], float32."""
@@ -398,6 +431,7 @@ def fp8_attention_kernel(
                     VALUES8,
                     FRESH,
                     CONVERT_FIRST,
+                    FLAT,
                 ),
             ),
             (
@@ -426,6 +460,7 @@ def fp8_attention_kernel(
                     VALUES8,
                     FRESH,
                     CONVERT_FIRST,
+                    FLAT,
                 ),
             ),
             (

@@ -88,6 +88,7 @@ def fp8_attention_launch(
     stages: int,
     fresh: bool = False,
     convert_first: bool = False,
+    flat: bool = False,
     registers: int = 232,
     processors: int = 132,
     counter: Tensor | None = None,
@@ -135,6 +136,7 @@ def fp8_attention_launch(
         "VALUES8": short.value is not None,
         "FRESH": fresh,
         "CONVERT_FIRST": convert_first,
+        "FLAT": flat,
         "REGISTERS": registers,
     }
     return KernelLaunch(fp8_attention_kernel, (min(tiles, processors),), arguments, num_warps=4)
