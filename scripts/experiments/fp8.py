@@ -39,6 +39,7 @@ class Variant:
     # the other two cases, by "row"; values by "block" if keys are, else by channel of a head.
     scales: str = "head"
     smooth: bool = True  # Take the mean over all tokens off keys and values first.
+    rotate: bool = False  # Turn queries and keys first, so that no channel is larger than others.
 
 
 VARIANTS = {
@@ -47,6 +48,7 @@ VARIANTS = {
     "QK e4m3, block scales": Variant(logits="e4m3", scales="block"),
     "QK e4m3, row scales": Variant(logits="e4m3", scales="row"),
     "QK e4m3, keys not smoothed": Variant(logits="e4m3", smooth=False),
+    "QK e4m3, rotated": Variant(logits="e4m3", rotate=True),
     "PV e4m3": Variant(output="e4m3"),
     "PV e4m3, block scales": Variant(output="e4m3", scales="block"),
     "PV e4m3, values not smoothed": Variant(output="e4m3", smooth=False),
@@ -63,6 +65,15 @@ def e4m3(numbers: Tensor, largest: Tensor) -> Tensor:
 
 def bf16(numbers: Tensor) -> Tensor:
     return numbers.bfloat16().to(numbers.dtype)
+
+
+def rotation(size: int) -> Tensor:
+    """An orthogonal matrix of random signs times Hadamard's, [size, size]; size is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return matrix * signs / size**0.5
 
 
 def rounded_rows(rows: PyramidRows, variant: Variant) -> PyramidRows:
@@ -103,21 +114,22 @@ def attend_block(query: Tensor, rows: PyramidRows, scale: float, variant: Varian
     logits = rounded_queries(query, variant) @ rows.key.mT * scale + rows.count.log()
     weights = (logits - logits.amax(1, keepdim=True)).exp()
     total = weights.sum(1, keepdim=True)
-    if variant.output == "e4m3":
-        weights = e4m3(weights, weights.new_tensor(LARGEST / WEIGHT))
-    else:
-        weights = bf16(weights)
+    weights = bf16(weights) if variant.output == "bf16" else e4m3(weights, weights.new_tensor(LARGEST / WEIGHT))
     return weights @ rows.value / total
 
 
 def attend(case: Case, plan: Plan, variant: Variant | None) -> Tensor:
     """Attention by the plan, no value correction; None = no rounding. Of float64 tensors, [1, tokens, heads, dim]."""
-    query, key, value = (tensor[0, plan.order].transpose(0, 1) for tensor in case.inputs)
+    query, key, value = (tensor[0, plan.order].transpose(0, 1) for tensor in case.inputs)  # copies
     out = torch.empty_like(case.query)
     is_real = torch.ones(case.tokens, dtype=torch.bool)
     for head in range(case.heads):
         rows = pyramid_rows(key[head], value[head], is_real, plan.kv_block_size, plan.num_levels, torch.float64)
         if variant is not None:
+            if variant.rotate:
+                turn = rotation(key.shape[2])
+                rows = rows._replace(key=rows.key @ turn)
+                query[head] = query[head] @ turn
             rows = rounded_rows(rows, variant)
         blocks = []
         for block, levels in zip(query[head].split(plan.query_block_size), plan.level_mask[0, head], strict=True):
