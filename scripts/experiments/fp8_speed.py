@@ -106,7 +106,7 @@ def launch_of(variant: Variant, setting: Setting, query: Tensor, out: Tensor, co
     named = {"query_block_size": QUERY_BLOCK, "order": setting.plan.order, "scale": HEAD_DIM**-0.5, "counter": counter}
     if variant.stages is None:
         lists = (setting.lists, setting.level_mask, setting.layout)
-        return hopper_attention_launch(query, out, None, setting.pyramid, *lists, **named)
+        return hopper_attention_launch(query, out, None, setting.pyramid, *lists, **named, is_padded=False)
     short = setting.short if variant.e4m3_values else setting.short._replace(value=None)
     return fp8_attention_launch(
         query,

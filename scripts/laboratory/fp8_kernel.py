@@ -23,21 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from psa_diffusers.backends.triton.hopper_kernel import (
-    Lists,
-    Queries,
-    Turns,
-    Work,
-    _key_producer,
-    _next_tile,
-    _places,
-    _query_tile,
-    _ring,
-    _tile_stops,
-    _tokens,
-    _value_producer,
-    thread_barrier,
-)
+from psa_diffusers.backends.triton.hopper_consumers import token_places, tokens_at
+from psa_diffusers.backends.triton.hopper_kernel import empty_ring
+from psa_diffusers.backends.triton.hopper_producers import key_producer, thread_barrier, value_producer
+from psa_diffusers.backends.triton.hopper_turns import Lists, Queries, Turns, Work, next_tile, query_tile, tile_stops
 
 # Newer releases of Triton have another name for the same.
 NEW_NAME = gl.constexpr(hasattr(shared_memory_descriptor, "reinterpret"))
@@ -244,7 +233,7 @@ def _attend(
 
 
 @gluon.jit
-def _consumer(
+def consumer(
     turns,
     queries,
     work,
@@ -283,14 +272,14 @@ def _consumer(
     out_channel = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     done = 0
     turn = 0
-    tile = _next_tile(turns, turn, 4)
+    tile = next_tile(turns, turn, 4)
     while tile < work.tiles:
-        row, first, stop = _query_tile(work, tile, QUERY_BLOCK)
+        row, first, stop = query_tile(work, tile, QUERY_BLOCK)
         local_head = row // work.query_blocks - work.first_head
         batch = (local_head // work.heads).to(gl.int64)
         head = (local_head % work.heads).to(gl.int64)
-        token, live = _tokens(queries.order, first + offset, stop, ROWS, gl.SliceLayout(1, MEMORY))
-        places = _places(queries.query, query_strides, batch, head, token, channel)
+        token, live = tokens_at(queries.order, first + offset, stop, ROWS, gl.SliceLayout(1, MEMORY))
+        places = token_places(queries.query, query_strides, batch, head, token, channel)
         query = gl.load(places, mask=live[:, None], other=0.0).to(gl.float32)
         largest = gl.maximum(gl.max(gl.abs(query), 1), 1e-30)
         short_rows.store((query * (448.0 / largest)[:, None]).to(gl.float8e4nv))
@@ -298,7 +287,7 @@ def _consumer(
         fence_async_shared()
         thread_barrier()
 
-        stops = _tile_stops(lists.counts + row.to(gl.int64) * (LEVELS + 1), lists.kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)
+        stops = tile_stops(lists.counts + row.to(gl.int64) * (LEVELS + 1), lists.kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)
         accumulator, running_sum = _attend(
             short_rows,
             keys,
@@ -324,12 +313,12 @@ def _consumer(
             accumulator += gl.load(value_means + local_head * D + out_channel)[None, :]
 
         rows.store(accumulator.to(rows.dtype))
-        token, live = _tokens(queries.order, first + offset, stop, ROWS, gl.SliceLayout(1, MEMORY))
-        places = _places(queries.out, out_strides, batch, head, token, channel)
+        token, live = tokens_at(queries.order, first + offset, stop, ROWS, gl.SliceLayout(1, MEMORY))
+        places = token_places(queries.out, out_strides, batch, head, token, channel)
         thread_barrier()
         gl.store(places, rows.load(MEMORY), mask=live[:, None])
         turn += 1
-        tile = _next_tile(turns, turn, 4)
+        tile = next_tile(turns, turn, 4)
 
 
 @gluon.jit(do_not_specialize=["first_head"])
@@ -386,8 +375,8 @@ def fp8_attention_kernel(
     short_rows_1 = gl.allocate_shared_memory(gl.float8e4nv, [HALF, D], SHORT)
     rows_0 = gl.allocate_shared_memory(gl.bfloat16, [HALF, D], LONG)
     rows_1 = gl.allocate_shared_memory(gl.bfloat16, [HALF, D], LONG)
-    keys = _ring(keys_1, D // 2, BLOCK_N, STAGES)
-    values = _ring(values_1, D // 2 if VALUES8 else D, BLOCK_N, STAGES)
+    keys = empty_ring(keys_1, D // 2, BLOCK_N, STAGES)
+    values = empty_ring(values_1, D // 2 if VALUES8 else D, BLOCK_N, STAGES)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turns = Turns(
         gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
@@ -406,7 +395,7 @@ def fp8_attention_kernel(
     gl.warp_specialize(
         [
             (
-                _consumer,
+                consumer,
                 (
                     turns,
                     queries,
@@ -435,7 +424,7 @@ def fp8_attention_kernel(
                 ),
             ),
             (
-                _consumer,
+                consumer,
                 (
                     turns,
                     queries,
@@ -464,7 +453,7 @@ def fp8_attention_kernel(
                 ),
             ),
             (
-                _key_producer,
+                key_producer,
                 (
                     turns,
                     taken,
@@ -485,7 +474,7 @@ def fp8_attention_kernel(
                 ),
             ),
             (
-                _value_producer,
+                value_producer,
                 (
                     turns,
                     values,
