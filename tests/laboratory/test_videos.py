@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "laboratory"))
 
+import block_policies
 import policies
 import video_metrics
 from cases import Case
@@ -55,6 +56,12 @@ def test_a_policy_treats_the_samples_of_a_batch_as_if_alone(samples, name):
         alone = CHOSEN[name](case, 0.2)
         torch.testing.assert_close(batch.output[number], alone.output[0], rtol=1e-3, atol=1e-4)
         assert float(batch.costs[number]) == pytest.approx(float(alone.costs[0]), abs=1e-6)
+
+
+def test_blocks_of_unlike_tokens_are_found_sample_by_sample():
+    likeness = torch.tensor([0.9, 0.2, 0.01]).view(3, 1, 1).expand(3, 2, 4)
+    limits = block_policies._least_likeness([likeness, likeness], 0.5, share=0.5)
+    assert limits.tolist() == [0.5, 0.125, float("-inf")]
 
 
 def test_measures_are_those_of_the_package():
@@ -197,6 +204,8 @@ def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     made = []
     sparse = VideoModel.sparse
     monkeypatch.setattr(VideoModel, "sparse", lambda *given: made.append(given[-1].name) or sparse(*given))
+    assert script.main([*small, *chosen, "--experiments", "policies", "--prompts", "1"]) == 0
+    assert made == [] and read(tmp_path / "videos.csv") == rows
     assert script.main([*small, "--policies", "ours, default", "--experiments", "policies", "--prompts", "2"]) == 0
     assert made == ["ours, default"]
     again = read(tmp_path / "videos.csv")
