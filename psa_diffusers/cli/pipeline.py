@@ -16,6 +16,7 @@ from .. import demo
 from .errors import CommandError, WrongUsageError, first_line
 
 BUNDLED = "bundled"
+WAN = "WanPipeline"
 HASHED_MODEL_BYTES = 200 * 2**20  # folders up to this size are identified by the hash of their weights
 
 
@@ -164,9 +165,9 @@ def _hub_failure(name: str, error: Exception) -> str:
 
 def _checked(source: ModelSource) -> ModelSource:
     kind = source.index.get("_class_name")
-    if kind != "WanPipeline":
+    if kind != WAN:
         raise WrongUsageError(
-            f"psa-generate makes videos from text by Wan models (WanPipeline), but {source.name} is a {kind}. "
+            f"psa-generate makes videos from text by Wan models ({WAN}), but {source.name} is a {kind}. "
             "Other pipelines: see 'In your own code' in the README."
         )
     return source
@@ -199,7 +200,7 @@ def compression(vae: dict[str, Any]) -> tuple[int, int]:
 
 
 def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "none"):
-    """The pipeline, ready to run on the device; its VAE in float32, as Wan's authors advise.
+    """The pipeline, ready to run on the device; Wan's VAE in float32, as its authors advise.
 
     Raises:
         WrongUsageError: the model's files are incomplete or corrupt.
@@ -209,7 +210,9 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     import torch
     from packaging.version import Version
 
-    dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    dtypes = {"default": getattr(torch, dtype)}
+    if source.index.get("_class_name") == WAN:  # others hand it latents of the dtype that everything has
+        dtypes["vae"] = torch.float32
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
         with _quiet_loading():

@@ -66,8 +66,8 @@ def estimator_share(config: PSAConfig) -> float:
         "antidiagonal": 1 / 8,
         "pooled": 1 / pair,
     }
-    # The budget rule's second estimate: mean and variance of a block's logits, for twice the queries.
-    second = 4 * config.sampled_queries / pair if config.rule == "budget" else 0.0
+    # The budget rule's second estimate: mean and variance of a block's logits, for as many other queries.
+    second = 2 * config.sampled_queries / pair if config.rule == "budget" else 0.0
     return (products[config.importance] + second) / 2
 
 
