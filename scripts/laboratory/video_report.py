@@ -48,7 +48,8 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     one_policy = {row["policy"] for row in rows} == {STEPS_POLICY}
     for key, group in groups.items():
         facts = dict(zip(SETTING, key, strict=True))
-        line = {**facts, "clips": len(group)}
+        line = {**facts, "steps": int(group[0]["steps"]), "clips": len(group)}
+        line |= {name: int(facts[name]) for name in ("dense_first", "dense_last")}
         for name in ("achieved", "achieved_all", "estimator"):
             line[name] = round(mean(row[name] for row in group), 5)
         for name in ("psnr", "ssim"):
@@ -56,8 +57,8 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
         line["worst_psnr"] = min(row["psnr"] for row in group)
         for name in ("sparse_step_seconds", "dense_step_seconds"):
             line[name] = sorted(row[name] for row in group)[len(group) // 2]
-        for label, policy in REFERENCES.items():
-            twin = usual(groups, key[0]) if one_policy else groups.get((key[0], policy, "", *key[3:]))
+        twins = {label: groups.get((key[0], policy, "", *key[3:])) for label, policy in REFERENCES.items()}
+        for label, twin in ({"usual": usual(groups, key[0])} if one_policy else twins).items():
             line |= paired(f"{label}_ahead", twin or [], group)
         table.append(line)
     return table
@@ -94,25 +95,56 @@ def report(file: Path, draw: Callable[[list[Row]], Any]) -> None:
 
 
 def draw_policies(table: list[Row]) -> Any:
-    """PSNR against the achieved budget of the sparse steps: ours, the published settings' best, and every other."""
+    """PSNR against the achieved budget of the sparse steps; bars where there is one budget alone."""
+    rows = [row for row in table if row["policy"] != CONTROL]
+    return _curves(rows) if len({row["budget"] for row in rows}) > 1 else _bars(rows)
+
+
+def _bars(rows: list[Row]) -> Any:
+    """A bar a policy, best first, with its interval; ours in their own colour."""
+    from psa_diffusers.report.figure import new_figure
+
+    rows = sorted(rows, key=lambda row: row["psnr"])
+    figure = new_figure(8.6, 0.27 * len(rows) + 1.1)
+    axes = figure.subplots()
+    names = [f"{row['policy']}{', ' * bool(row['variant'])}{row['variant']}" for row in rows]
+    colours = ["#d95f02" if row["policy"] in OUR_CONFIGS else "#2c7fb8" for row in rows]
+    whiskers = {"xerr": _whiskers(rows), "error_kw": {"elinewidth": 0.9, "capsize": 2}}
+    axes.barh(names, [row["psnr"] for row in rows], color=colours, **whiskers)
+    axes.set(
+        xlabel=f"PSNR against dense, dB, at compute budget {rows[0]['budget']:g} of the sparse steps", xlim=(15, None)
+    )
+    axes.grid(alpha=0.3, axis="x")
+    axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def _whiskers(rows: Sequence[Row]) -> list[list[float]] | None:
+    """How far the interval reaches below and above each mean; None where some row has none."""
+    if any(row["psnr_low"] == "" for row in rows):
+        return None
+    return [[row["psnr"] - row["psnr_low"] for row in rows], [row["psnr_high"] - row["psnr"] for row in rows]]
+
+
+def _curves(table: list[Row]) -> Any:
+    """A line a policy: ours, every other, and of the paper's published settings the best at each budget."""
     from psa_diffusers.report.figure import new_figure
 
     figure = new_figure(9.4, 5.6)
     axes = figure.subplots()
-    names = [name for name in dict.fromkeys(row["policy"] for row in table) if name != CONTROL]
-    lines = {name: pick(table, policy=name) for name in names if name not in PUBLISHED}
-    published = [row for row in table if row["policy"] in PUBLISHED]
-    lines["best published PSA setting"] = [
-        max(pick(published, budget=budget), key=lambda row: row["psnr"])
-        for budget in sorted({row["budget"] for row in published})
-    ]
+    lines = {name: pick(table, policy=name) for name in dict.fromkeys(row["policy"] for row in table)}
+    published = [row for name in PUBLISHED for row in lines.pop(name, [])]
+    if published:
+        budgets = sorted({row["budget"] for row in published})
+        best = [max(pick(published, budget=budget), key=lambda row: row["psnr"]) for budget in budgets]
+        lines["best published PSA setting"] = best
     for number, (name, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=lambda row: row["achieved"])
-        x, y, low, high = ([row[key] for row in rows] for key in ("achieved", "psnr", "psnr_low", "psnr_high"))
         style = {"linewidth": 2.4} if name in OUR_CONFIGS else {"linewidth": 1.1, "linestyle": "--"}
-        (line,) = axes.plot(x, y, marker="osD^vPX*<>hp"[number % 12], markersize=4.5, label=name, **style)
-        if all(end != "" for end in (*low, *high)) and (name in OUR_CONFIGS or name == "best published PSA setting"):
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        points = [row["achieved"] for row in rows], [row["psnr"] for row in rows]
+        axes.errorbar(
+            *points, yerr=_whiskers(rows), marker="osD^vPX*<>hp"[number % 12], markersize=4, label=name, **style
+        )
     axes.set(xlabel="compute budget of the sparse steps (dense = 1)", ylabel="PSNR against dense, dB")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
@@ -120,33 +152,56 @@ def draw_policies(table: list[Row]) -> Any:
 
 
 def draw_steps(table: list[Row]) -> Any:
-    """PSNR against the compute of all steps: by dense first and last steps; and by schedule."""
+    """By dense first and last steps; by schedule."""
     from psa_diffusers.report.figure import new_figure
 
-    figure = new_figure(11.5, 4.8)
+    figure = new_figure(11, 6.2)
     left, right = figure.subplots(1, 2)
-    constant = pick(table, schedule="constant")
-    for number, first in enumerate(sorted({row["dense_first"] for row in constant})):
-        for last, marker in zip((0, 1, 2), "osD", strict=True):
-            points = pick(constant, dense_first=first, dense_last=last)
-            x, y = ([row[key] for row in points] for key in ("achieved_all", "psnr"))
-            label = f"{first:.0f} first steps dense" if last == 0 else None
-            left.plot(x, y, marker, color=f"C{number}", markersize=5 + last, label=label, alpha=0.8)
-    left.set(xlabel="compute of all steps (dense = 1)", ylabel="PSNR against dense, dB")
-    left.set_title("circle, square, diamond: 0, 1, 2 last steps dense", fontsize=9)
-    left.legend(frameon=False, fontsize=8)
-    left.grid(alpha=0.3)
+    _draw_dense_steps(left, table)
+    _draw_schedules(right, table)
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), handlelength=4)
+    return figure
+
+
+def _draw_dense_steps(axes: Any, table: Sequence[Row]) -> None:
+    """A line for each number of dense last steps: at one budget of the sparse steps, and at one compute of all."""
+    constant, budget, total = (
+        pick(table, schedule="constant"),
+        OUR_CONFIGS[STEPS_POLICY].compute_budget,
+        _usual_total(table),
+    )
+    for number, last in enumerate(sorted({row["dense_last"] for row in constant})):
+        some = sorted(pick(constant, dense_last=last), key=lambda row: row["dense_first"])
+        same_total = [row for row in some if abs(row["achieved_all"] - total) < 0.005]
+        for rows, dashes, what in (
+            (pick(some, budget=budget), "-", f"sparse ones at {budget:.3g}"),
+            (same_total, "--", f"all together at {total:.3g}"),
+        ):
+            points = [row["dense_first"] for row in rows], [row["psnr"] for row in rows]
+            style = {"color": f"C{number}", "linestyle": dashes, "marker": "o", "capsize": 2}
+            axes.errorbar(*points, yerr=_whiskers(rows), label=f"{last} last steps dense, {what}", **style)
+    axes.set(xlabel="first steps that are dense", ylabel="PSNR against dense, dB")
+    axes.grid(alpha=0.3)
+
+
+def _draw_schedules(axes: Any, table: Sequence[Row]) -> None:
+    """A bar for each schedule, at each number of dense steps and mean budget."""
     names = list(dict.fromkeys(row["schedule"] for row in table))
-    scheduled = {tuple(row[k] for k in ("dense_first", "budget")) for row in table if row["schedule"] != "constant"}
+    scheduled = {(row["dense_first"], row["budget"]) for row in table if row["schedule"] != "constant"}
     for number, (first, budget) in enumerate(sorted(scheduled)):
         rows = {row["schedule"]: row for row in pick(table, dense_first=first, dense_last=0, budget=budget)}
-        label = f"{first:.0f} dense, mean budget {budget:.3g}"
         places = [names.index(name) + 0.25 * (number - 1) for name in rows]
-        right.barh(places, [row["psnr"] for row in rows.values()], height=0.22, label=label)
-    right.set_yticks(range(len(names)), names)
-    right.invert_yaxis()
-    right.set(xlabel="PSNR against dense, dB")
-    low = min(row["psnr"] for row in table)
-    right.set_xlim(left=max(0.0, low - 4))
-    right.legend(fontsize=8, loc="lower right")
-    return figure
+        label = f"{first} first steps dense, mean budget {budget:.3g}"
+        values, ends = [row["psnr"] for row in rows.values()], _whiskers(list(rows.values()))
+        axes.barh(places, values, 0.22, xerr=ends, label=label, error_kw={"elinewidth": 0.9, "capsize": 2})
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="PSNR against dense, dB", xlim=(min(row["psnr"] for row in table) - 4, None))
+
+
+def _usual_total(table: Sequence[Row]) -> float:
+    """Compute of all steps by the default setting."""
+    config, steps = OUR_CONFIGS[STEPS_POLICY], table[0]["steps"]
+    first = dense_steps(config.dense_warmup, steps)
+    return (first + (steps - first) * config.compute_budget) / steps

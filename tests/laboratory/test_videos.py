@@ -15,12 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "laboratory"))
 
+import block_policies
 import policies
 import video_metrics
 from cases import Case
 from video_experiments import CONTROL, policy_settings, step_settings, tuning_settings, variants
 from video_model import VideoModel
-from video_report import paired, summarise
+from video_report import draw_policies, draw_steps, paired, summarise
 from video_runs import Runs
 from video_settings import LEAST, SCHEDULES, Planner, Setting
 
@@ -55,6 +56,12 @@ def test_a_policy_treats_the_samples_of_a_batch_as_if_alone(samples, name):
         alone = CHOSEN[name](case, 0.2)
         torch.testing.assert_close(batch.output[number], alone.output[0], rtol=1e-3, atol=1e-4)
         assert float(batch.costs[number]) == pytest.approx(float(alone.costs[0]), abs=1e-6)
+
+
+def test_blocks_of_unlike_tokens_are_found_sample_by_sample():
+    likeness = torch.tensor([0.9, 0.2, 0.01]).view(3, 1, 1).expand(3, 2, 4)
+    limits = block_policies._least_likeness([likeness, likeness], 0.5, share=0.5)
+    assert limits.tolist() == [0.5, 0.125, float("-inf")]
 
 
 def test_measures_are_those_of_the_package():
@@ -197,6 +204,8 @@ def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     made = []
     sparse = VideoModel.sparse
     monkeypatch.setattr(VideoModel, "sparse", lambda *given: made.append(given[-1].name) or sparse(*given))
+    assert script.main([*small, *chosen, "--experiments", "policies", "--prompts", "1"]) == 0
+    assert made == [] and read(tmp_path / "videos.csv") == rows
     assert script.main([*small, "--policies", "ours, default", "--experiments", "policies", "--prompts", "2"]) == 0
     assert made == ["ours, default"]
     again = read(tmp_path / "videos.csv")
@@ -209,20 +218,40 @@ def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     assert (tmp_path / "videos.png").stat().st_size > 1000
 
 
-def test_differences_are_paired_clip_by_clip():
-    def rows(policy, values):
-        same = {
-            "run": "run-a",
-            "variant": "",
-            "budget": 0.15,
-            "schedule": "constant",
-            "dense_first": 4,
-            "dense_last": 0,
-        }
-        same |= {"steps": 16, "achieved": 0.15, "achieved_all": 0.36, "estimator": 0.01, "ssim": 0.9, "policy": policy}
-        same |= {"sparse_step_seconds": 0.1, "dense_step_seconds": 0.2}
-        return [{**same, "prompt": f"p{i}", "seed": i, "psnr": value} for i, value in enumerate(values)]
+def rows(policy, values, setting=None):
+    """As they are read from the file."""
+    setting = setting or Setting(policy, PSAConfig(), 0.15, 4)
+    same = {"run": "run-a", "variant": "", "budget": setting.budget, "schedule": setting.schedule, "policy": policy}
+    same |= {"dense_first": float(setting.dense_first), "dense_last": float(setting.dense_last), "steps": 16.0}
+    same |= {"achieved": setting.budget, "achieved_all": setting.total(16), "estimator": 0.01, "ssim": 0.9}
+    same |= {"sparse_step_seconds": 0.1, "dense_step_seconds": 0.2}
+    return [{**same, "prompt": f"p{i}", "seed": float(i), "psnr": float(value)} for i, value in enumerate(values)]
 
+
+def test_steps_are_compared_with_the_usual_ones_and_drawn():
+    settings = step_settings(16)
+    table = summarise([row for s in settings for row in rows(s.name, [30 + s.dense_first, 33, 34], s)])
+    assert len(table) == len(settings)
+    usual = [row for row in table if row["usual_ahead_db"] == 0 and row["dense_first"] == 4]
+    assert any((row["budget"], row["dense_last"], row["schedule"]) == (0.15, 0, "constant") for row in usual)
+    assert {row["usual_ahead_db"] for row in table if row["dense_first"] == 7} == {-1.0}
+    figure = draw_steps(table)
+    assert len(figure.axes[0].containers) == 6  # 0, 1, 2 last steps, at one budget and at one total
+    assert len(figure.axes[1].patches) == 3 * len(SCHEDULES)
+
+
+def test_policies_are_drawn_as_bars_or_as_curves():
+    table = summarise(
+        [*rows("ours, default", [38, 39, 40]), *rows("PSA-3", [30, 31, 32]), *rows("PSA-4", [31, 32, 33])]
+    )
+    bars = draw_policies(table).axes[0]
+    assert sorted(patch.get_width() for patch in bars.patches) == [31, 32, 39]
+    more = [{**row, "budget": 0.25, "achieved": 0.25} for row in table]
+    labels = draw_policies([*table, *more]).axes[0].get_legend_handles_labels()[1]
+    assert labels == ["ours, default", "best published PSA setting"]
+
+
+def test_differences_are_paired_clip_by_clip():
     ours, theirs = rows("ours, default", [30, 40, 50, 60]), rows("PSA-3", [29, 38, 47, math.inf])
     assert paired("x", ours, list(reversed(theirs[:3]))) == {
         "x_db": 2.0,
