@@ -116,7 +116,7 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
     sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
     if not hopper.hopper_obstacle(target, head_dim, query.dtype, *sizes):
         stages["attention, Hopper kernel"] = lambda: hopper.hopper_attention_launch(
-            *tensors, plan.level_mask, layout, covariance, **named
+            *tensors, plan.level_mask, layout, covariance, is_padded=False, **named
         ).run()
     return stages
 

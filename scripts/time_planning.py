@@ -99,7 +99,7 @@ def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, gr
     layout = make_layout(query.shape[1], key.shape[1], *sizes, **where)
     made = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
     positions = planner.sampled_positions(query, config)
-    estimates = planner.empty_estimates(query, positions, made)
+    estimates = planner.empty_estimates(query, config.query_block_size, made)
     choices = planner.empty_choices(estimates, config.num_levels)
     draws = planner.sampled_draws(key, config)
     places = {"order": layout.order, "key_lengths": None, "kv_block_size": config.kv_block_size, "target": target}

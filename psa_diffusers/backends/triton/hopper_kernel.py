@@ -403,6 +403,55 @@ def _weights(logits, biases, slot, running_max, scale, COLUMN: gl.constexpr):
 
 
 @gluon.jit
+def _common_bias(tile, stops, LEVELS: gl.constexpr):
+    """The bias that all rows of a tile have, without padding: that of a level's groups. -1 if they may have several.
+
+    Those are tiles of centroids, and the last of each level: only there are blocks missing, or the short last block.
+    """
+    bias = -1.0
+    is_last = False
+    for level in gl.static_range(LEVELS):
+        bias = gl.where((tile < stops[level]) & (bias < 0.0), level * 1.0, bias)
+        is_last = is_last | (tile == stops[level] - 1)
+    return gl.where(is_last, -1.0, bias)
+
+
+@gluon.jit
+def _weights_alike(logits, bias, running_max, scale):
+    """As :func:`_weights` where all rows of a tile have one bias; ``scale`` is positive.
+
+    An addition less for each weight, and weights, not products, are what takes the time.
+    """
+    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale + bias)
+    finite_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return gl.exp2(logits * scale + (bias - finite_max)[:, None]), new_max, gl.exp2(running_max - finite_max)
+
+
+@gluon.jit
+def _weights_of_tile(
+    logits,
+    biases,
+    slot,
+    tile,
+    stops,
+    running_max,
+    scale,
+    COLUMN: gl.constexpr,
+    LEVELS: gl.constexpr,
+    PADDED: gl.constexpr,
+):
+    if PADDED:
+        weights, new_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
+    else:
+        bias = _common_bias(tile, stops, LEVELS)
+        if bias < 0.0:
+            weights, new_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
+        else:
+            weights, new_max, rescale = _weights_alike(logits, bias, running_max, scale)
+    return weights, new_max, rescale
+
+
+@gluon.jit
 def _load_factors(factors, LEVELS: gl.constexpr):
     """What each level loses of the covariance, in registers: in the loop over tiles a load would be waited for."""
     loaded = ()
@@ -433,6 +482,7 @@ def _attend(
     D: gl.constexpr,
     LEVELS: gl.constexpr,
     STAGES: gl.constexpr,
+    PADDED: gl.constexpr,
 ):
     """Goes through all tiles for the queries ``rows`` [ROWS, D] in shared memory.
 
@@ -472,7 +522,9 @@ def _attend(
         mbarrier.wait(values.full.index(before % STAGES), (before // STAGES) & 1)
         pending = warpgroup_mma(operand, values.tiles.index(before % STAGES), accumulator, is_async=True)
         logits = warpgroup_mma_wait(1, [product])
-        weights, running_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
+        weights, running_max, rescale = _weights_of_tile(
+            logits, biases, slot, tile, stops, running_max, scale, COLUMN, LEVELS, PADDED
+        )
         mbarrier.arrive(keys.empty.index(slot))
         tile_sum = gl.sum(weights, 1)
         running_sum = running_sum * rescale + tile_sum
@@ -511,6 +563,7 @@ def _consumer(
     KV_BLOCK: gl.constexpr,
     LEVELS: gl.constexpr,
     STAGES: gl.constexpr,
+    PADDED: gl.constexpr,
 ):
     """Answers half of each tile of queries, from ``offset``; ``rows`` [ROWS, D] is shared memory for them."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -555,6 +608,7 @@ def _consumer(
             D,
             LEVELS,
             STAGES,
+            PADDED,
         )
         first_key += stops[LEVELS]
         first_value += stops[LEVELS]
@@ -638,12 +692,14 @@ def hopper_attention_kernel(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    PADDED: gl.constexpr,
 ):
     """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
     ``rows_1`` to ``rows_4`` describe the packed keys, and from row ``first_value`` on the values, in boxes of a block's
     rows at each level, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold ``heads``
-    heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse.
+    heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse. Where keys are
+    not PADDED, and ``scale`` is positive, most tiles do without the biases.
     """
     HALF: gl.constexpr = 64
     rows = gl.allocate_shared_memory(rows_1.dtype, [2, HALF, D], rows_1.layout)
@@ -686,6 +742,7 @@ def hopper_attention_kernel(
                     KV_BLOCK,
                     LEVELS,
                     STAGES,
+                    PADDED,
                 ),
             ),
             (
@@ -708,6 +765,7 @@ def hopper_attention_kernel(
                     KV_BLOCK,
                     LEVELS,
                     STAGES,
+                    PADDED,
                 ),
             ),
             (
