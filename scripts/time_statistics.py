@@ -39,7 +39,6 @@ from psa_diffusers import PSAConfig, demo, enable_psa
 from psa_diffusers.benchmark.timing import quantiles
 from psa_diffusers.cli.bench_output import append_csv, environment_of
 from psa_diffusers.integration import PSAStatistics
-from psa_diffusers.integration.example_inputs import EXAMPLE_INPUTS
 from psa_diffusers.integration.forecast import random_model
 from psa_diffusers.integration.processor import installed_processors
 from psa_diffusers.report.run_report import report_of
@@ -165,7 +164,17 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], dict[s
         "heads": model.config.num_attention_heads,
         "head_dim": model.config.attention_head_dim,
     }
-    return model, EXAMPLE_INPUTS[CLASS](model, latents), facts
+    return model, inputs_of(model, latents), facts
+
+
+def inputs_of(model: nn.Module, latents: tuple[int, int, int]) -> dict[str, Any]:
+    """Arguments of a forward: noise for latents and text."""
+    own = {"device": model.device, "dtype": model.dtype}
+    return {
+        "hidden_states": torch.randn(1, model.config.in_channels, *latents, **own),
+        "timestep": torch.full((1,), 500, device=model.device),
+        "encoder_hidden_states": torch.randn(1, 512, model.config.text_dim, **own),
+    }
 
 
 def bundled_transformer() -> nn.Module:
