@@ -1,6 +1,6 @@
 """Times the planner's GPU kernels, stage by stage, beside dense attention on the same tensors. Needs a GPU.
 
-    python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h100.csv
+    python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h200.csv
 
 Times are GPU times: launches are queued behind a pause, so that the host's time does not count; ``host_ms`` is what the
 host needs to enqueue the whole plan. Medians. Inputs are smooth random fields with noise, bfloat16; their head dim is

@@ -1,6 +1,6 @@
 """Times blocks of a Wan2.1-shaped transformer, dense and sparse, and composes the time of a whole run from them.
 
-    python scripts/time_transformer.py --model wan2.1-14b-720p --csv benchmarks/transformer_h100.csv
+    python scripts/time_transformer.py --model wan2.1-14b-720p --csv benchmarks/transformer_h200.csv
 
 Weights and latents are random, the width is the model's; only ``--blocks`` of its blocks exist. A step of all blocks is
 composed: what is outside the blocks, once, and the median block as often as the model has blocks. A run of ``--steps``
