@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 STEP_INDEX, STEP_TOTAL, LATENTS, PATCH = "denoise_step_idx", "total_denoise_steps", "latent_shape", "patch_size"
 SETTINGS = tuple(field.name for field in dataclasses.fields(PSAConfig))
-NOT_FOLLOWED = {"dense_layers": (), "refresh_every": 1}  # a call does not say which layer it is of
+# A call says neither which layer it is of nor which expert. Settings that this version lacks are at their default.
+NOT_FOLLOWED = {"dense_layers": (), "refresh_every": 1, "budget_schedule": None}
 SPARSE = "sparse"
 
 #: Calls of this process that ran sparse, and dense by reason.
@@ -109,7 +110,7 @@ def _make_config(given: dict[str, Any]) -> PSAConfig:
     base = PSAConfig.preset(preset).to_dict() if preset is not None else {}
     config = PSAConfig.from_dict({**base, **given})
     for name, only in NOT_FOLLOWED.items():
-        if getattr(config, name) != only:
+        if getattr(config, name, only) != only:
             raise ValueError(f"PSA: {name} must be left out here: vLLM-Omni does not say which layer a call is of.")
     return config
 

@@ -39,7 +39,6 @@ from psa_diffusers import PSAConfig, demo, enable_psa
 from psa_diffusers.benchmark.timing import quantiles
 from psa_diffusers.cli.bench_output import append_csv, environment_of
 from psa_diffusers.integration import PSAStatistics
-from psa_diffusers.integration.example_inputs import EXAMPLE_INPUTS
 from psa_diffusers.integration.forecast import random_model
 from psa_diffusers.integration.processor import installed_processors
 from psa_diffusers.report.run_report import report_of
@@ -100,10 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="runs with statistics, and without (default 20)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a busy machine; not with a GPU")
     parser.add_argument("--csv", type=Path, help="append the row here")
     options = parser.parse_args(arguments)
     if options.steps < 2 or options.repeats < 3:  # a single step over and over is no new run
         parser.error("--steps must be at least 2, and --repeats at least 3")
+    if options.cpu_time and options.device != "cpu":
+        parser.error("--cpu-time is for --device cpu")
     row = measure(options) | environment_of(options.device)
     print(json.dumps(row, indent=2))
     if options.csv:
@@ -120,7 +122,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def run_with(statistics: PSAStatistics) -> float:
         processor.statistics = statistics
-        return seconds_of_run(model, inputs, processor, options.steps)
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        return seconds_of_run(model, inputs, processor, options.steps, clock)
 
     with torch.inference_mode():
         run_with(counted), run_with(NoStatistics())  # compiles
@@ -136,6 +139,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "backend": counted.backend,
         "planner": counted.planner,
         "repeats": options.repeats,
+        "clock": "cpu time" if options.cpu_time else "wall",
         **compare(on, off),
         "counting_share": share,
         "reading_ms": 1e3 * reading_seconds(counted),
@@ -160,7 +164,17 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], dict[s
         "heads": model.config.num_attention_heads,
         "head_dim": model.config.attention_head_dim,
     }
-    return model, EXAMPLE_INPUTS[CLASS](model, latents), facts
+    return model, inputs_of(model, latents), facts
+
+
+def inputs_of(model: nn.Module, latents: tuple[int, int, int]) -> dict[str, Any]:
+    """Arguments of a forward: noise for latents and text."""
+    own = {"device": model.device, "dtype": model.dtype}
+    return {
+        "hidden_states": torch.randn(1, model.config.in_channels, *latents, **own),
+        "timestep": torch.full((1,), 500, device=model.device),
+        "encoder_hidden_states": torch.randn(1, 512, model.config.text_dim, **own),
+    }
 
 
 def bundled_transformer() -> nn.Module:
@@ -168,18 +182,24 @@ def bundled_transformer() -> nn.Module:
     return getattr(diffusers, CLASS).from_pretrained(demo.model_folder() / "transformer")
 
 
-def seconds_of_run(model: nn.Module, inputs: dict[str, Any], processor: Any, steps: int) -> float:
+def seconds_of_run(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    processor: Any,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Of so many denoising steps; a GPU is idle before and after."""
     on_gpu = inputs["hidden_states"].is_cuda
     if on_gpu:
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     for index in range(steps):
         with processor.step(index, steps):
             model(**inputs)
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def take_turns(

@@ -76,9 +76,15 @@ def test_the_hosts_time_is_that_of_the_statistics_code(script, tiny, monkeypatch
     monkeypatch.setattr(operations, "attend", moving_on(100, operations.attend))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     processor.statistics = clocked = script.ClockedStatistics()
-    seconds = script.seconds_of_run(model, inputs, processor, 2)
+    seconds = script.seconds_of_run(model, inputs, processor, 2, lambda: now[0])
     assert (clocked.sparse_calls, clocked.seconds, seconds) == (4, 4, 404)
     assert clocked.attention_seconds == 400
+
+
+def test_the_processs_time_is_for_the_cpu(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--model", "tiny", "--device", "cuda", "--cpu-time"])
+    assert "--cpu-time is for --device cpu" in capsys.readouterr().err
 
 
 def test_overhead(script):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..integration.tiny_models import TINY
-from .tiny_wan import make_tokenizer
+from .tiny_wan import make_pipeline, make_tokenizer
 
 LETTERS = ("<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz")
 
@@ -85,11 +85,20 @@ def _hunyuan():
     )
 
 
+def _skyreels():
+    from diffusers import SkyReelsV2Pipeline
+
+    wan = make_pipeline()
+    parts = (wan.text_encoder, TINY["skyreels"].build(), wan.vae, wan.scheduler)
+    return SkyReelsV2Pipeline(wan.tokenizer, *parts)
+
+
 # How to make one, and sizes for which there are several blocks of tokens.
 FAMILIES = {
     "ltx": (_ltx, {"--height": 64, "--width": 64, "--num-frames": 5}),
     "cogvideox": (_cogvideox, {"--height": 128, "--width": 128, "--num-frames": 9}),
     "hunyuan": (_hunyuan, {"--height": 128, "--width": 128, "--num-frames": 5}),
+    "skyreels": (_skyreels, {"--height": 128, "--width": 128, "--num-frames": 9}),
 }
 
 

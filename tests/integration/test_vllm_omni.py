@@ -18,7 +18,7 @@ from ..test_readme import PROJECT
 from .tiny_wan import generate, pipeline
 
 GRID, LATENTS, PATCH = (3, 8, 10), (3, 16, 20), (1, 2, 2)
-LENGTH = 240
+LENGTH, SCALE = 240, 0.3  # the default scale would be 0.25
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +48,13 @@ def state(step=5, total=10, batch=2, latents=LATENTS):
     }
 
 
-def call(tensors, params, is_causal=False, softmax_scale=0.25):
+def call(tensors, params, is_causal=False, softmax_scale=SCALE):
     return sparse_attention(*tensors, params, is_causal=is_causal, softmax_scale=softmax_scale)
 
 
 def dense(query, key, value, **options):
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=0.25, **options).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, scale=SCALE, **options).transpose(1, 2)
 
 
 def test_the_entry_point_leads_here():
@@ -71,7 +71,7 @@ def test_a_sparse_call_is_that_of_the_package(dtype):
     tensors = inputs(dtype=dtype)
     out = call(tensors, {**state(), "compute_budget": 0.5})
     assert out.shape == tensors[0].shape and out.dtype == dtype and dict(counts) == {"sparse": 1}
-    assert torch.equal(out, pyramid_sparse_attention(*tensors, PSAConfig(compute_budget=0.5), grid=GRID, scale=0.25))
+    assert torch.equal(out, pyramid_sparse_attention(*tensors, PSAConfig(compute_budget=0.5), grid=GRID, scale=SCALE))
     assert not torch.allclose(out, dense(*tensors), atol=1e-3)
     everything = call(tensors, {**state(), "compute_budget": 1.0})
     assert torch.allclose(everything, dense(*tensors), atol=1e-5 if dtype == torch.float32 else 2e-2)
