@@ -98,7 +98,10 @@ class StepClock:
     def _from_timesteps(self, pipe: Any, timesteps: torch.Tensor | None, timestep: Any, renewed: bool) -> Step | None:
         if timesteps is None or len(timesteps) == 0:
             return None
-        position = _place_in_storage(getattr(pipe, "_current_timestep", None), timesteps)
+        current = getattr(pipe, "_current_timestep", None)
+        position = _place_in_storage(current, timesteps)
+        if position is None and isinstance(current, int | float):  # Cosmos 2.5 reads it, and gives the model sigmas
+            position = _nearest(current, timesteps)
         pipe_runs = position is not None or not hasattr(pipe, "_current_timestep")
         if position is None:
             position = _place_told_to_guiders(pipe, timesteps)
