@@ -166,7 +166,9 @@ def _nearest(timestep: Any, timesteps: torch.Tensor) -> int | None:
     if isinstance(timestep, torch.Tensor):
         if timestep.numel() == 0:
             return None
-        timestep = float(timestep.max())  # per-token timesteps (TI2V) are 0 where an image is given
+        # Of timesteps a token the noisiest: those of given images, sound or keyframes are nearer to the clean end.
+        upwards = bool(timesteps[0] < timesteps[-1])  # MiniMax-H3 counts from noise at 0
+        timestep = float(timestep.min() if upwards else timestep.max())
     if not isinstance(timestep, int | float):
         return None
     distances = (timesteps.double() - timestep).abs()

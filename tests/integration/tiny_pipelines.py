@@ -128,8 +128,9 @@ LTX_2 |= {"num_frames": 17, "modality_scale": 1.0, "audio_modality_scale": 1.0}
 class SoundCodec:
     """Stands in for an autoencoder of sound."""
 
-    config = SimpleNamespace(mel_bins=64, latent_channels=8)
-    mel_compression_ratio, latents_mean, latents_std = 4, torch.zeros(128), torch.ones(128)
+    config = SimpleNamespace(mel_bins=64, latent_channels=8, sample_rate=16000, mel_hop_length=160)
+    mel_compression_ratio = temporal_compression_ratio = 4
+    latents_mean, latents_std = torch.zeros(128), torch.ones(128)
 
 
 def connected(pipe) -> None:
