@@ -14,7 +14,8 @@ STEPS = 4
 
 
 def generate(pipe, tiny):
-    inputs = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    inputs = {"num_inference_steps": STEPS} if "pyramid_num_inference_steps_list" not in tiny.run else {}
+    inputs |= {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     outputs = pipe(**inputs, **tiny.run, return_dict=False)
     return outputs[0][-1] if isinstance(outputs[0], list) else outputs[0]
 

@@ -245,6 +245,23 @@ PIPELINES = {
         schedule={"stages": 1},
         windows=2,
     ),
+    # Three stages, each of a larger size than the one before, and each with timesteps of its own.
+    "helios-pyramid": TinyPipeline(
+        "HeliosPyramidPipeline",
+        "HeliosScheduler",
+        {
+            **PROMPTS,
+            "height": 128,
+            "width": 192,
+            "num_frames": 9,
+            "num_latent_frames_per_chunk": 3,
+            "pyramid_num_inference_steps_list": [4, 4, 4],
+        },
+        calls=2 * 2,
+        tiny="helios",
+        schedule={"gamma": 0.3},  # of its default the noise's covariance is singular by rounding
+        windows=3,
+    ),
     "chronoedit": TinyPipeline(
         "ChronoEditPipeline",
         FLOW,
