@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psa_diffusers import PSAConfig, disable_psa, enable_psa
 from psa_diffusers.cli.bench_output import append_csv, environment_of
-from psa_diffusers.integration.example_inputs import EXAMPLE_INPUTS
+from psa_diffusers.integration.example_inputs import EXAMPLES
 from psa_diffusers.integration.forecast import random_model, speedup_ceiling
 from psa_diffusers.integration.schedule import dense_steps
 
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = random_model(CLASS, {**settings, "num_layers": options.blocks}, options.device)
     model = nn.Module.to(model, getattr(torch, options.dtype))
-    inputs = EXAMPLE_INPUTS[CLASS](model, latents)
+    inputs = EXAMPLES[CLASS].inputs(model, latents)
     config = PSAConfig(compute_budget=options.compute_budget, dense_warmup=0.0)
     tokens = math.prod(latents) // 4
     with torch.inference_mode():
