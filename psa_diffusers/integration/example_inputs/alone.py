@@ -146,9 +146,10 @@ def kandinsky_6(model: nn.Module, size: Size) -> dict[str, Any]:
 
 def cosmos(model: nn.Module, size: Size) -> dict[str, Any]:
     make, config = Inputs(model), model.config
-    width = config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim
+    projected = config.get("use_crossattn_projection")  # newer versions' settings may be missing
+    width = config.crossattn_proj_in_channels if projected else config.text_embed_dim
     text = make.noise(1, COSMOS_TEXT, width)
-    if config.img_context_dim_in:
+    if config.get("img_context_dim_in"):
         text = (text, make.noise(1, config.img_context_num_tokens, config.img_context_dim_in))
     inputs = {"hidden_states": make.noise(1, config.in_channels, *size), "timestep": make.timestep()}
     return inputs | {"encoder_hidden_states": text, "fps": FPS}

@@ -49,16 +49,18 @@ def framepack(model: nn.Module, size: Size) -> dict[str, Any]:
 
 def hunyuan_video_15(model: nn.Module, size: Size) -> dict[str, Any]:
     make, config = Inputs(model), model.config
-    return {
+    inputs = {
         "hidden_states": make.noise(1, config.in_channels, *size),
         "timestep": make.timestep().to(make.dtype),
         "encoder_hidden_states": make.noise(1, HUNYUAN_15_TEXT, config.text_embed_dim),
         "encoder_attention_mask": make.mask(HUNYUAN_15_TEXT),
-        "timestep_r": make.timestep().to(make.dtype) if config.use_meanflow else None,
         "encoder_hidden_states_2": make.noise(1, GLYPHS, config.text_embed_2_dim),
         "encoder_attention_mask_2": make.mask(GLYPHS),
         "image_embeds": make.zeros(1, IMAGE, config.image_embed_dim),
     }
+    if config.get("use_meanflow"):
+        inputs["timestep_r"] = make.timestep().to(make.dtype)
+    return inputs
 
 
 def cogvideox(model: nn.Module, size: Size) -> dict[str, Any]:
