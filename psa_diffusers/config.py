@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .budget_schedule import BudgetPoint, read_points
+
 RULES = ("budget", "threshold", "topk")
 IMPORTANCES = ("sampled", "antidiagonal", "pooled")
 REDUCTIONS = ("sum", "max")
@@ -46,6 +48,11 @@ class PSAConfig:
             level, a single centroid a block); ``"threshold"`` and ``"topk"`` are the paper's rules (section 3.3).
         compute_budget: Share of dense attention's work that the ``budget`` rule may use, in (0, 1]. Higher is denser,
             slower and closer to dense. Defaults to 0.15 for the ``budget`` rule, and belongs to it alone.
+        budget_schedule: ``budget`` rule only: compute budgets that change over a pipeline's run, instead of
+            ``compute_budget`` at every step: points (at, budget), where step ``i`` of ``n`` is at ``i / n``, linear
+            between them. A budget may be one a layer, and a point of one expert alone
+            (:class:`~psa_diffusers.budget_schedule.BudgetPoint`). Tensors given to ``build_plan`` have no step, and an
+            expert may have no points: there ``compute_budget`` holds.
         level_thresholds: ``threshold`` rule only: ``num_levels`` shares of the cumulative importance, in [0, 1]; a
             block gets the finest level whose threshold the blocks before it have not reached. Higher keeps more.
         level_fractions: ``topk`` rule only: ``num_levels`` shares of a row's blocks, level 1 first; the rest is
@@ -81,6 +88,7 @@ class PSAConfig:
     num_levels: int = 4
     rule: str = "budget"
     compute_budget: float | None = None
+    budget_schedule: tuple[BudgetPoint, ...] | None = None
     level_thresholds: tuple[float, ...] | None = None
     level_fractions: tuple[float, ...] | None = None
     similarity_thresholds: tuple[float, ...] | None = None
@@ -155,6 +163,7 @@ class PSAConfig:
         owned = (
             ("budget", "compute_budget", DEFAULT_COMPUTE_BUDGET),
             ("budget", "value_correction", DEFAULT_VALUE_CORRECTION),
+            ("budget", "budget_schedule", None),
             ("threshold", "level_thresholds", DEFAULT_LEVEL_THRESHOLDS),
             ("topk", "level_fractions", DEFAULT_LEVEL_FRACTIONS),
         )
@@ -190,6 +199,8 @@ class PSAConfig:
         rule = f"at least 1 / kv_block_size = {minimum:g}, one centroid a block; raise it or use larger kv blocks"
         _require(budget >= minimum, "compute_budget", rule, budget)
         self._set("compute_budget", float(budget))
+        if self.budget_schedule is not None:
+            self._set("budget_schedule", read_points(self.budget_schedule, minimum))
         correction = self.value_correction
         _require(
             correction in VALUE_CORRECTIONS, "value_correction", f"one of {', '.join(VALUE_CORRECTIONS)}", correction
@@ -216,7 +227,9 @@ class PSAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values (tuples become lists), ready for YAML or JSON."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.budget_schedule is not None:
+            values["budget_schedule"] = [point.to_dict() for point in self.budget_schedule]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

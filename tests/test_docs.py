@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from psa_diffusers import PSAConfig
 from psa_diffusers.cli import bench, compare, doctor, generate
 from psa_diffusers.cli.errors import run_command
 
@@ -21,7 +23,7 @@ COMMANDS = r"`((?:psa-\w+|python scripts/\S+) --[^`]+|python scripts/\S+)`"
 
 def blocks(page: Path, language: str) -> list[str]:
     found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert {kind for kind, _ in found} <= {"bash", "python"}, page
+    assert {kind for kind, _ in found} <= {"bash", "python", "yaml"}, page
     return [text for kind, text in found if kind == language]
 
 
@@ -43,6 +45,11 @@ def test_python(code, page, tiny, tmp_path, monkeypatch):
         code = code.replace(large, small)
     assert "cuda" not in code and "Wan-AI" not in code
     exec(compile(code, page, "exec"), {"MODEL": str(tiny)})
+
+
+@pytest.mark.parametrize("text, page", [(text, page.name) for page in PAGES for text in blocks(page, "yaml")])
+def test_settings(text, page):
+    assert PSAConfig.from_dict(yaml.safe_load(text)) != PSAConfig()
 
 
 @pytest.mark.parametrize("command", [words for words in shell() if words[0] in APPS], ids=" ".join)

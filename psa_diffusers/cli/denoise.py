@@ -58,7 +58,9 @@ class StepWatcher:
         self.timer = StepTimer(pipe, settings.device)
         self.kinds: list[str] = []
         self._live_budget = not self.timer.on_gpu  # reading it would make a GPU wait
-        self._asked = settings.config.compute_budget
+        scheduled = settings.config.budget_schedule is not None
+        self._asked = None if scheduled else settings.config.compute_budget
+        self._unasked = "by schedule" if scheduled else "by content"
         self._bar = tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=quiet)
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, values: dict) -> dict:
@@ -77,7 +79,7 @@ class StepWatcher:
             return "1.00"
         if self._live_budget and statistics.compute_budget_sparse is not None:
             return f"{statistics.compute_budget_sparse:.3f}"
-        return f"{self._asked:.3f} asked" if self._asked is not None else "by content"
+        return f"{self._asked:.3f} asked" if self._asked is not None else self._unasked
 
     def close(self) -> None:
         self._bar.close()

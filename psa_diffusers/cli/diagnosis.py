@@ -145,7 +145,7 @@ def _estimate(question: Question, shape: dict[str, Any] | None, steps: dict[str,
         return None
     share, budget, total, dense = (
         shape["attention_share"],
-        expected_budget(question.config),
+        expected_budget(question.config, question.steps),
         steps["total"],
         steps["dense"],
     )

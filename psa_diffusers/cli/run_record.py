@@ -98,6 +98,7 @@ def describe_run(run: Generated) -> dict[str, Any]:
         "kinds_of_steps": run.step_kinds,
         "compute_budget_sparse_calls": counted.compute_budget_sparse,
         "compute_budget_all_calls": counted.compute_budget_all,
+        "compute_budget_by_step": [list(pair) for pair in counted.compute_budget_by_step],
         "estimator_share": estimator_share(counted),
         "dense_calls": counted.dense_calls,
         "sparse_calls": counted.sparse_calls,

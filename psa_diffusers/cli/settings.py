@@ -90,6 +90,11 @@ def read_config(preset: str | None, config_file: Path | None, compute_budget: fl
             f"--compute-budget needs rule: budget, but {source} has rule: {config.rule}, whose budget follows from "
             "its own settings. Leave one of the two out."
         )
+    if config.budget_schedule is not None:
+        raise WrongUsageError(
+            f"--compute-budget is one budget for all steps, but {f'preset {preset}' if preset else config_file} has a "
+            "budget_schedule. Leave one of the two out."
+        )
     with as_wrong_usage(ValueError):
         return replace(config, compute_budget=compute_budget)
 

@@ -72,6 +72,7 @@ class ModelPatch:
     handles: list[Any] = field(default_factory=list)
     context: CallContext | None = None
     parents: dict[str, nn.Module] = field(default_factory=dict)  # all modules around attention, by name and a dot
+    expert: str = "transformer"  # the model's name in its pipeline
 
     def compiled(self) -> tuple[str, ...]:
         """Name prefixes of the blocks that were compiled (``compile_repeated_blocks``)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations, parallel
+from .budgets import RunBudgets, name_experts
 from .caches import cache_config, extrapolation_note
 from .compiled import intercepted, register_processor
 from .discovery import no_transformer, transformers_of
@@ -46,6 +47,7 @@ class ForwardCall:
     slots: tuple[AttentionSlot, ...]
     calls: int = 1  # of the attention function by each attention module
     in_order: bool = True  # context parallel leaves the tokens in their order
+    expert: str = "transformer"  # the transformer's name in its pipeline
 
 
 class PSAProcessor(SparseProcessor):
@@ -86,12 +88,14 @@ class PSAProcessor(SparseProcessor):
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
         self._begin(siblings[0] if siblings else None)
         self._slots = [slot for model in models for _, slot in attach(model).attention]
+        name_experts(self._pipe(), models, self.config.budget_schedule or ())
         self._build_routes()
 
     def _begin(self, sibling: PSAProcessor | None = None) -> None:
         """Start without a run. Processors of one pipeline share its clock and statistics."""
         self.statistics = sibling.statistics if sibling else PSAStatistics()
         self._clock = sibling._clock if sibling else StepClock()
+        self._budgets = RunBudgets(self.config)
         self._explicit: Step | None = None
         self._call = ForwardCall(None, None, 0, ())
         self._slot: AttentionSlot | None = None  # the attention module that is being called
@@ -183,7 +187,8 @@ class PSAProcessor(SparseProcessor):
         calls = len(arguments["hidden_states"]) if patch.row.one_sample_a_call else 1
         # Where video and text are split one by one, a process holds a part of both: their order is another one.
         in_order = patch.row.one_sequence or not (layout and layout.has_others)
-        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention), calls, in_order)
+        own = tuple(slot for _, slot in patch.attention)
+        self._call = ForwardCall(step, layout, branch, own, calls, in_order, patch.expert)
         for slot in slots:
             slot.decide(reason or self._dense_reason_of_layer(slot))
         self._count_compiled(patch, slots)
@@ -220,7 +225,9 @@ class PSAProcessor(SparseProcessor):
     def _dense_reason_of_layer(self, slot: AttentionSlot) -> str | None:
         if slot.layer in self.config.dense_layers:
             return "dense layer"
-        return None if type(slot.native) in self._routes else "unknown attention processor"
+        if type(slot.native) not in self._routes:
+            return "unknown attention processor"
+        return self._budgets.dense_reason(self._call.step, slot.layer, self._call.expert)
 
     def _count_compiled(self, patch: ModelPatch, slots: list[AttentionSlot]) -> None:
         """Dense calls inside compiled blocks, which cannot count: every one of their layers will be called."""
@@ -303,17 +310,18 @@ class PSAProcessor(SparseProcessor):
         group: Any = None,
     ) -> Tensor:
         """Plan, compute and count; full sequences, and all heads but those that other processes of the group hold."""
-        statistics, config = self.statistics, self.config
-        if self._call.layout.of_length(key.shape[1]) is None:
-            raise parallel.OtherTokensError(key.shape[1], self._call.layout.length)
+        statistics, call = self.statistics, self._call
+        config = self._budgets.config(call.step, slot.layer, call.expert)
+        if call.layout.of_length(key.shape[1]) is None:
+            raise parallel.OtherTokensError(key.shape[1], call.layout.length)
         with statistics.timed("planning", query.device):
-            plan = self._plan(query, key, value, slot, scale, padded, group)
+            plan = self._plan(query, key, value, config, slot, scale, padded, group)
         slot.calls += 1
         if statistics.backend is None:
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device, after="planning"):
             output = operations.attend(query, key, value, config, plan, scale)
-        statistics.count_sparse(plan, group, layer=slot.layer, branch=self._call.branch)
+        statistics.count_sparse(plan, group, layer=slot.layer, branch=call.branch)
         return output
 
     def attend_at(
@@ -355,13 +363,14 @@ class PSAProcessor(SparseProcessor):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        config: PSAConfig,
         slot: AttentionSlot,
         scale: float | None,
         padded: bool,
         group: Any = None,
     ) -> Plan:
         """A new plan, or the one of an earlier step while ``refresh_every`` allows."""
-        call, config, layout = self._call, self.config, self._call.layout.of_length(query.shape[1])
+        call, layout = self._call, self._call.layout.of_length(query.shape[1])
         owner, facts = (slot, call.branch, slot.calls), (query.shape, key.shape, query.device, padded)
         made, made_for, made_in, plan = self._plans.pop(owner, (-1, None, layout, None))
         kept = made_for == facts and layout.same_as(made_in)

@@ -77,7 +77,7 @@ class PSAStatistics:
         self.planner: str | None = None
         self.planner_reason: str | None = None
         self.notes: list[str] = []
-        self._budget_sum = 0.0  # of the calls whose costs were read
+        self._read: list[tuple[SparseCall, float]] = []  # calls with their costs
         self._unread: list[tuple[SparseCall, torch.Tensor | None]] = []
         self._seconds = {"planning": 0.0, "attention": 0.0}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -170,14 +170,23 @@ class PSAStatistics:
         calls = self.sparse_calls + self.dense_calls
         return (self._read_costs() + self.dense_calls) / calls if calls else None
 
+    @property
+    def compute_budget_by_step(self) -> list[tuple[int, float]]:
+        """(step, mean achieved compute budget of its sparse calls) of each step that had some."""
+        self._read_costs()
+        costs: dict[int, list[float]] = {}
+        for call, cost in self._read:
+            costs.setdefault(call.step, []).append(cost)
+        return [(step, sum(own) / len(own)) for step, own in costs.items()]
+
     def _read_costs(self) -> float:
         """The sum of the sparse calls' mean costs."""
         unread, self._unread = self._unread, []
         counts = read_together([call.counts for call, _ in unread])
         for (call, shared), own in zip(unread, counts, strict=True):
             cost = mean_cost(own, call.num_levels, call.kv_block_size) if shared is None else shared
-            self._budget_sum += float(cost)
-        return self._budget_sum
+            self._read.append((call, float(cost)))
+        return sum(cost for _, cost in self._read)
 
     def level_counts(self) -> list[torch.Tensor]:
         """Of each sparse call how many block pairs it read at each level, int64 [levels, batch, heads] on the CPU."""
@@ -217,6 +226,7 @@ class PSAStatistics:
             *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
         )
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values["compute_budget_by_step"] = [list(pair) for pair in self.compute_budget_by_step]
         values["steps"] = [list(step) for step in self.steps]
         values["notes"] = list(self.notes)
         values["warnings"] = self.warnings
