@@ -22,6 +22,8 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 DEFAULT_COMPUTE_BUDGET = 0.15
 DEFAULT_VALUE_CORRECTION = "covariance"
+# Of a preset's file: what it is, what it was calibrated for, and the settings.
+PRESET_KEYS = ("description", "calibrated", "config")
 # The paper's multi-level thresholds and its best top-k shares (PSA-3), section 4.4.
 DEFAULT_LEVEL_THRESHOLDS = (0.7, 0.8, 0.9, 0.9)
 DEFAULT_LEVEL_FRACTIONS = (0.15, 0.10, 0.20, 0.0)
@@ -260,13 +262,15 @@ class PSAConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> PSAConfig:
-        """Read a file written by :meth:`save`, or by hand.
+        """Read a file written by :meth:`save`, by hand, or by ``psa-tune`` (a preset: ``config`` beside what it is).
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not YAML/JSON, or holds unknown settings or bad values.
         """
-        return cls.from_dict(_read_mapping(Path(path)))
+        values = _read_mapping(Path(path))
+        is_preset = "config" in values and values.keys() <= set(PRESET_KEYS)
+        return cls.from_dict(values["config"] if is_preset else values)
 
     # -- presets --------------------------------------------------------------------------------------------------
 

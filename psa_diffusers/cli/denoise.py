@@ -94,6 +94,8 @@ def generate(
     sparse: bool,
     quiet: bool = False,
     label: str | None = None,
+    calibrate: bool = False,
+    decode: bool = True,
 ) -> Generated:
     """Make one video. The noise comes from the seed on the CPU, so that it is the same on every device.
 
@@ -104,11 +106,13 @@ def generate(
         sparse: With PSA by ``settings.config``, or dense.
         quiet: No progress bar.
         label: Of the progress bar; default PSA or dense.
+        calibrate: Measure, and spend the budget where it tells.
+        decode: Else there are no frames.
     """
     import torch
 
     if sparse:
-        plugin.switch_on(pipe, settings.config)
+        plugin.switch_on(pipe, settings.config, calibrate)
     watcher = StepWatcher(pipe, settings, sparse, label or ("PSA" if sparse else DENSE), quiet)
     try:
         start = time.perf_counter()
@@ -122,7 +126,7 @@ def generate(
             guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(settings.seed),
             callback_on_step_end=watcher.on_step_end,
-            output_type="np",
+            output_type="np" if decode else "latent",
         )
         total = time.perf_counter() - start
         statistics = plugin.statistics(pipe) if sparse else None
@@ -134,7 +138,8 @@ def generate(
         watcher.close()
         if sparse:
             plugin.switch_off(pipe)
-    return Generated(_frames(output), watcher.kinds, watcher.timer.seconds(), total, statistics)
+    frames = _frames(output) if decode else np.empty((0, settings.height, settings.width, 3), np.uint8)
+    return Generated(frames, watcher.kinds, watcher.timer.seconds(), total, statistics)
 
 
 def _frames(output: Any) -> np.ndarray:

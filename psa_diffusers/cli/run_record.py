@@ -100,6 +100,8 @@ def describe_run(run: Generated) -> dict[str, Any]:
         "compute_budget_all_calls": counted.compute_budget_all,
         "compute_budget_by_step": [list(pair) for pair in counted.compute_budget_by_step],
         "estimator_share": estimator_share(counted),
+        "calibration_seconds": counted.calibration_seconds,
+        "calibration": None if counted.calibration is None else counted.calibration.to_dict(),
         "dense_calls": counted.dense_calls,
         "sparse_calls": counted.sparse_calls,
         "dense_reasons": dict(counted.dense_reasons),

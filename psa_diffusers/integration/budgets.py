@@ -55,7 +55,7 @@ def name_experts(pipe: Any, models: Sequence[nn.Module], schedule: tuple[BudgetP
     names = component_names(pipe)
     for model, patch in zip(models, patches, strict=True):
         patch.expert = names.get(id(model), patch.expert)
-    layers = {patch.expert: _blocks(patch) for patch in patches}
+    layers = {patch.expert: block_count(patch) for patch in patches}
     for point in schedule if patches else ():
         if point.expert not in (None, *layers):
             raise ValueError(
@@ -71,5 +71,6 @@ def name_experts(pipe: Any, models: Sequence[nn.Module], schedule: tuple[BudgetP
                 )
 
 
-def _blocks(patch: ModelPatch) -> int:
+def block_count(patch: ModelPatch) -> int:
+    """Transformer blocks with video self-attention, up to the last."""
     return 1 + max((slot.layer for _, slot in patch.attention if slot.self_attention), default=-1)

@@ -59,6 +59,7 @@ class PSAStatistics:
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
         planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
+        calibration: With ``calibrate=True`` the :class:`~.calibrating.Calibration`; else None.
         calls: A :class:`SparseCall` for each sparse call; ``psa_report`` reads them.
         dense: Calls that ran dense, by (step, layer, reason); step and layer are None where they are not known.
     """
@@ -79,9 +80,10 @@ class PSAStatistics:
         self.notes: list[str] = []
         self._read: list[tuple[SparseCall, float]] = []  # calls with their costs
         self._unread: list[tuple[SparseCall, torch.Tensor | None]] = []
-        self._seconds = {"planning": 0.0, "attention": 0.0}
+        self._seconds = {"planning": 0.0, "attention": 0.0, "calibration": 0.0}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._last: dict[str, Duration] = {"planning": 0.0, "attention": 0.0}
+        self._last: dict[str, Duration] = dict.fromkeys(self._seconds, 0.0)
+        self.calibration: Any = None
 
     # -- counting -------------------------------------------------------------------------------------------------
 
@@ -202,6 +204,11 @@ class PSAStatistics:
         """Time spent in sparse attention, planning not included. Dense calls are not timed."""
         return self._resolve("attention")
 
+    @property
+    def calibration_seconds(self) -> float:
+        """Time spent measuring for a calibration."""
+        return self._resolve("calibration")
+
     def _resolve(self, part: str) -> float:
         for name, start, end in self._events:
             end.synchronize()
@@ -227,6 +234,8 @@ class PSAStatistics:
         )
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["compute_budget_by_step"] = [list(pair) for pair in self.compute_budget_by_step]
+        values["calibration_seconds"] = self.calibration_seconds
+        values["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         values["steps"] = [list(step) for step in self.steps]
         values["notes"] = list(self.notes)
         values["warnings"] = self.warnings

@@ -50,6 +50,8 @@ def test_to_dict_is_json_and_complete(recorder):
             "compute_budget_all",
             "compute_budget_by_step",
             "planning_seconds",
+            "calibration",
+            "calibration_seconds",
             "attention_seconds",
         ),
     }
