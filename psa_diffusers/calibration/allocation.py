@@ -80,8 +80,9 @@ def spend_to_error(curves: Sequence[ErrorCurve], error: float) -> list[float]:
     for _, number, low, high in _steps(curves):
         if excess <= 0:
             break
-        excess -= curves[number].weight * (low[1] - high[1])
-        chosen[number] = high[0]
+        gain = curves[number].weight * (low[1] - high[1])
+        chosen[number] = low[0] + min(1.0, excess / gain) * (high[0] - low[0])
+        excess -= gain
     return chosen
 
 

@@ -3,9 +3,9 @@
     python scripts/experiments/calibration.py --output benchmarks/experiments
 
 As psa-tune does, the tuning prompts are run once each, and a schedule is made of what is measured in one dense step.
-Then for every other prompt, from the same noise and with the same dense warm-up: dense; one budget for all sparse calls;
-the schedule ("tuned"); and budgets measured in that very run ("in the run", ``enable_psa(pipe, calibrate=True)``). PSNR
-and SSIM are against the dense video. Writes calibration.csv (a row a prompt, budget and setting), calibration.json
+Then for every other prompt, from the same noise and with the same dense warm-up: dense; one budget for all sparse
+calls; the schedule ("tuned"); and budgets measured in that very run ("in the run", ``enable_psa(pipe,
+calibrate=True)``). PSNR and SSIM are against the dense video. Writes calibration.csv (a row a prompt, budget and setting), calibration.json
 (means, paired differences with 95 % intervals, schedules, machine, versions) and calibration.png.
 """
 
@@ -144,10 +144,9 @@ def main(
     plot(output / "calibration.png", rows, budgets)
     for entry in facts["table"]:
         ahead = entry["ahead_db"]
-        print(
-            f"{entry['budget']:g} {entry['setting']}: achieved {entry['compute_budget']:.4f}, {entry['psnr']:.2f} dB, "
-            f"ahead {ahead['value']:+.2f} ({ahead['low']} to {ahead['high']}) on {entry['ahead_on']} of {entry['prompts']}"
-        )
+        means = f"achieved {entry['compute_budget']:.4f}, {entry['psnr']:.2f} dB, ahead {ahead['value']:+.2f}"
+        where = f"({ahead['low']} to {ahead['high']}), on {entry['ahead_on']} of {entry['prompts']}"
+        print(f"{entry['budget']:g} {entry['setting']}: {means} {where}")
 
 
 if __name__ == "__main__":
