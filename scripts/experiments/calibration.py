@@ -5,8 +5,9 @@
 As psa-tune does, the tuning prompts are run once each, and a schedule is made of what is measured in one dense step.
 Then for every other prompt, from the same noise and with the same dense warm-up: dense; one budget for all sparse
 calls; the schedule ("tuned"); and budgets measured in that very run ("in the run", ``enable_psa(pipe,
-calibrate=True)``). PSNR and SSIM are against the dense video. Writes calibration.csv (a row a prompt, budget and setting), calibration.json
-(means, paired differences with 95 % intervals, schedules, machine, versions) and calibration.png.
+calibrate=True)``). PSNR and SSIM are against the dense video. Writes calibration.csv (a row a
+prompt, budget and setting), calibration.json (means, paired differences with 95 % intervals, schedules, machine,
+versions) and calibration.png.
 """
 
 from __future__ import annotations
