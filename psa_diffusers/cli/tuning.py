@@ -51,9 +51,12 @@ def prepare(
         raise WrongUsageError(f"{output} is there already. Add --overwrite to replace it, or name another file.")
     texts = settings.read_prompts(*prompts)
     config = settings.read_config(*attention)
-    if config.rule != "budget" or config.budget_schedule is not None:
+    if config.compute_budget is None or config.budget_schedule is not None:
         what = f"rule: {config.rule}" if config.rule != "budget" else "a budget_schedule already"
-        raise WrongUsageError(f"psa-tune chooses the budgets of rule: budget, but the settings have {what}.")
+        what = what if config.target_error is None else "a target_error"
+        raise WrongUsageError(
+            f"psa-tune spends a mean compute_budget by rule: budget, but the settings have {what}; leave that out."
+        )
     source = pipeline.find_model(model)
     settings.check_words(texts, source.vocabulary())
     resolved = resolve_settings(source, config, video, machine, seed, preset=attention[0])

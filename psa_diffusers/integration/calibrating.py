@@ -78,8 +78,9 @@ class Calibration:
     schedule: tuple[BudgetPoint, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.config.rule != "budget" or self.config.budget_schedule is not None:
+        if self.config.compute_budget is None or self.config.budget_schedule is not None:
             what = "a budget_schedule" if self.config.rule == "budget" else f"rule={self.config.rule!r}"
+            what = what if self.config.target_error is None else "target_error"
             raise ValueError(
                 f"calibrate=True sets the budgets of rule='budget' itself, but the config has {what}; leave one out."
             )
@@ -181,8 +182,11 @@ def _curves(probes: dict[int, list[Probe]]) -> dict[int, ErrorCurve]:
     return {layer: ErrorCurve(probes[layer][0].asked, tuple(own)) for layer, own in zip(layers, errors, strict=True)}
 
 
-def step_weights(scheduler: Any, total: int) -> list[float]:
-    """How much an error in each of the run's steps matters: a mean of 1."""
+def step_weights(scheduler: Any, total: int, least: float = LEAST_WEIGHT) -> list[float]:
+    """How much an error in each of the run's steps matters: a mean of 1.
+
+    ``least`` is the least share of the way that a step counts as, in units of their mean.
+    """
     sigmas = getattr(scheduler, "sigmas", None)
     known = (
         isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 and len(sigmas) > total and sigmas.device.type == "cpu"
@@ -192,7 +196,7 @@ def step_weights(scheduler: Any, total: int) -> list[float]:
     if not shares or min(shares) < 0 or values[0] > 1.001 or sum(shares) == 0:  # not a flow from noise to video
         return [1.0] * total
     mean = sum(shares) / total
-    weights = [max(share / mean, LEAST_WEIGHT) ** 2 for share in shares]
+    weights = [max(share / mean, least) ** 2 for share in shares]
     return [weight * total / sum(weights) for weight in weights]
 
 

@@ -140,7 +140,7 @@ def _value_gain(
 
 def _notes(config: PSAConfig, layout: Layout, shape: torch.Size) -> tuple[str, ...]:
     """What to report; from sizes alone, so that a GPU is not waited for (padding is not looked at)."""
-    if config.rule != "budget" or layout.full_pairs == 0:
+    if config.compute_budget is None or layout.full_pairs == 0:
         return ()
     pairs = shape[2] * shape[3]
     least = (layout.full_pairs + (pairs - layout.full_pairs) / config.kv_block_size) / pairs
@@ -243,7 +243,8 @@ class _Planner:
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
         prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
-        return spend(prices, config.compute_budget, config.kv_block_size, limits, self.heads_group)
+        wanted = (config.compute_budget, config.kv_block_size, limits, self.heads_group, config.target_error)
+        return spend(prices, *wanted)
 
     def _query_samples(self) -> Samples:
         config = self.config

@@ -91,7 +91,10 @@ def test_an_existing_file_stays_unless_overwrite(psa_tune, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--preset", "psa-3"), "psa-tune chooses the budgets of rule: budget, but the settings have rule: topk"),
+        (
+            ("--preset", "psa-3"),
+            "psa-tune spends a mean compute_budget by rule: budget, but the settings have rule: topk",
+        ),
         (("--compute-budget", "2"), "--compute-budget must be in (0, 1]"),
         (("--steps", "0"), "--steps must be at least 1"),
         (("--prompts-file", "none.txt"), "give either --prompt"),
