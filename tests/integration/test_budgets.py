@@ -131,3 +131,11 @@ def test_a_forecast_takes_the_mean_of_the_sparse_steps():
     config = PSAConfig(budget_schedule=[(0.5, 0.4), (0.75, 0.2)], dense_warmup=0.5)
     assert expected_budget(config, 4) == pytest.approx(0.3)
     assert expected_budget(PSAConfig(budget_schedule=[(0.5, 0.4)], dense_warmup=1.0), 4) is None
+
+
+def test_a_run_spends_what_each_call_needs_and_reports_it():
+    pipe = enable_psa(pipeline(), tiny_config(compute_budget=None, target_error=0.02))
+    generate(pipe, steps=4)
+    statistics = psa_statistics(pipe)
+    assert 0.25 < statistics.compute_budget_sparse < 1 and len(statistics.compute_budget_by_step) == 3
+    assert "target_error" in statistics.planner_reason
