@@ -4,12 +4,12 @@ A step's price is the estimated error that it saves a unit of cost (:mod:`.budge
 so the error of a plan is estimated as the price times the cost of all steps that it does not take. Steps are left
 out from the cheapest price up, as long as that sum stays below what the target allows.
 
-The estimates are shrunk (:mod:`.errors`), for choosing levels, so that they are in units of their own: the measured error
-(root mean square over heads of each head's relative error) is about ``FACTOR * estimate ** POWER``. That alone was off by
-18 % on synthetic tensors, but by 48 % on a model's calls. So ROWS queries are then computed in full and by the plan
-(:mod:`.value_gain`), what is wanted of the estimate is changed in the proportion of target and error, and the steps are
-chosen anew; ROUNDS times. ``scripts/experiments/target_error.py`` fits the two numbers, and measures how well targets are
-met: typically to 12 to 15 %. Where few queries have nearly all of the error, those rows can miss it.
+The estimates are shrunk (:mod:`.errors`), for choosing levels, so that they are in units of their own: the measured
+error (root mean square over heads of each head's relative error) is about ``FACTOR * estimate ** POWER``. That alone
+was off by 18 % on synthetic tensors, but by 48 % on a model's calls. So ROWS queries are then computed in full and by
+the plan (:mod:`.value_gain`), what is wanted of the estimate is changed in the proportion of target and error, and the
+steps are chosen anew; ROUNDS times. ``scripts/experiments/target_error.py`` fits the two numbers, and measures how well
+targets are met: typically to 12 to 15 %. Where few queries have nearly all of the error, those rows can miss it.
 """
 
 from __future__ import annotations
