@@ -167,6 +167,21 @@ def test_other_rules_and_schedules_are_refused():
         enable_psa(pipeline(), tiny_config(budget_schedule=[(0.0, 0.5)]), calibrate=True)
 
 
+def test_context_parallel_is_refused_with_a_way_out(monkeypatch):
+    pipe = calibrated()
+    monkeypatch.setattr(PSAProcessor, "_context_of", lambda processor, patch: object())
+    with pytest.raises(ValueError, match="calibrate=True does not run under context parallel.*psa-tune"):
+        generate(pipe, steps=2)
+
+
+def test_calls_that_cannot_be_measured_keep_the_budget_and_that_is_said(measured, monkeypatch):
+    monkeypatch.setattr(calibrating, "can_probe", lambda full_tokens, key_lengths: False)
+    pipe = calibrated(dense_warmup=0.5)
+    generate(pipe, steps=4, guidance_scale=1.0)
+    assert psa_calibration(pipe).schedule == () and calibrating.NOT_MEASURED in psa_statistics(pipe).notes
+    assert psa_statistics(pipe).sparse_calls == 2 * LAYERS
+
+
 def test_asking_for_what_was_not_measured():
     with pytest.raises(ValueError, match=r"call enable_psa\(pipe, calibrate=True\)"):
         psa_calibration(enable_psa(pipeline(), tiny_config()))
