@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .statistics import PSAStatistics
 
 NOT_MEASURED = "Calls whose padding is not at the end of the sequence were not measured: they keep the compute budget."
-LEAST_WEIGHT = 0.6  # of the mean share of the way: early steps are short, but what they decide grows
+LEAST_WEIGHT = 2.0  # of the mean share of the way: short early steps decide more than their share
 
 
 @dataclass(frozen=True)

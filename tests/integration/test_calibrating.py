@@ -170,7 +170,7 @@ def test_other_rules_and_schedules_are_refused():
 def test_context_parallel_is_refused_with_a_way_out(monkeypatch):
     pipe = calibrated()
     monkeypatch.setattr(PSAProcessor, "_context_of", lambda processor, patch: object())
-    with pytest.raises(ValueError, match="calibrate=True does not run under context parallel.*psa-tune"):
+    with pytest.raises(ValueError, match=r"calibrate=True does not run under context parallel.*psa-tune"):
         generate(pipe, steps=2)
 
 
