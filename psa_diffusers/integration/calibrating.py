@@ -6,6 +6,8 @@ sum of squared errors least, at the config's compute budget on average over the 
 
 An error in step i moves the video by about as much as the step itself does: its weight is the step's share of the way
 from noise to video, ``(sigma_i - sigma_i+1)**2``, where the scheduler's sigmas tell it; else all steps weigh the same.
+That is not all: what early steps decide grows on the way. So no step counts as less than LEAST_WEIGHT mean steps, which
+``scripts/experiments/calibration.py`` chose among three, by a few prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from .statistics import PSAStatistics
 
 NOT_MEASURED = "Calls whose padding is not at the end of the sequence were not measured: they keep the compute budget."
-LEAST_WEIGHT = 2.0  # of the mean share of the way: short early steps decide more than their share
+LEAST_WEIGHT = 2.0  # of the mean share of the way: early steps are short, but what they decide grows
 
 
 @dataclass(frozen=True)
