@@ -1,7 +1,7 @@
 """Says of each of the project's targets on a GPU what was measured, and whether floor and goal are met.
 
-    python scripts/gpu_targets.py --rows benchmarks/attention_h100.csv \
-        --transformer benchmarks/transformer_h100.csv --readme benchmarks/README.md
+    python scripts/gpu_targets.py --rows benchmarks/attention_h200.csv \
+        --transformer benchmarks/transformer_h200.csv --readme benchmarks/README.md
 
 Reads what ``psa-bench --csv`` and ``scripts/time_transformer.py --csv`` wrote; of rows that were measured again the
 last counts. With ``--readme`` the table goes between that file's markers. A target without a row is "not measured".

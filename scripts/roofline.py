@@ -1,6 +1,6 @@
 """Writes the least time of every stage beside the measured one, from rows that ``psa-bench --stages`` wrote.
 
-    python scripts/roofline.py --rows benchmarks/attention_h100.csv --csv benchmarks/roofline_h100.csv
+    python scripts/roofline.py --rows benchmarks/attention_h200.csv --csv benchmarks/roofline_h200.csv
 
 ``least_ms`` is the largest of three: matrix products, memory, exponentials (``psa_diffusers/benchmark/roofline.py``
 says what is counted); ``share_of_limit`` is the least time over the measured one. Stages without a limit are only

@@ -1,6 +1,6 @@
 """Times the attention of the Triton backend, stage by stage, beside dense attention on the same tensors. Needs a GPU.
 
-    python scripts/time_attention.py --shapes 16384x12 17550x48x64 75600x40 --csv benchmarks/attention_stages_h100.csv
+    python scripts/time_attention.py --shapes 16384x12 17550x48x64 75600x40 --csv benchmarks/attention_stages_h200.csv
 
 Stages take turns, so that a GPU that gets hot slows all of them; medians, p20 and p80. Times are GPU times: launches
 are queued behind a pause, so that the host's time does not count. Planning is not in them: scripts/time_planning.py
@@ -116,7 +116,7 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
     sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
     if not hopper.hopper_obstacle(target, head_dim, query.dtype, *sizes):
         stages["attention, Hopper kernel"] = lambda: hopper.hopper_attention_launch(
-            *tensors, plan.level_mask, layout, covariance, **named
+            *tensors, plan.level_mask, layout, covariance, is_padded=False, **named
         ).run()
     return stages
 

@@ -1,6 +1,6 @@
 """Times the planner's GPU kernels, stage by stage, beside dense attention on the same tensors. Needs a GPU.
 
-    python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h100.csv
+    python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h200.csv
 
 Times are GPU times: launches are queued behind a pause, so that the host's time does not count; ``host_ms`` is what the
 host needs to enqueue the whole plan. Medians. Inputs are smooth random fields with noise, bfloat16; their head dim is
@@ -99,7 +99,7 @@ def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, gr
     layout = make_layout(query.shape[1], key.shape[1], *sizes, **where)
     made = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
     positions = planner.sampled_positions(query, config)
-    estimates = planner.empty_estimates(query, positions, made)
+    estimates = planner.empty_estimates(query, config.query_block_size, made)
     choices = planner.empty_choices(estimates, config.num_levels)
     draws = planner.sampled_draws(key, config)
     places = {"order": layout.order, "key_lengths": None, "kv_block_size": config.kv_block_size, "target": target}

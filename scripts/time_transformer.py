@@ -1,6 +1,6 @@
 """Times blocks of a Wan2.1-shaped transformer, dense and sparse, and composes the time of a whole run from them.
 
-    python scripts/time_transformer.py --model wan2.1-14b-720p --csv benchmarks/transformer_h100.csv
+    python scripts/time_transformer.py --model wan2.1-14b-720p --csv benchmarks/transformer_h200.csv
 
 Weights and latents are random, the width is the model's; only ``--blocks`` of its blocks exist. A step of all blocks is
 composed: what is outside the blocks, once, and the median block as often as the model has blocks. A run of ``--steps``
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psa_diffusers import PSAConfig, disable_psa, enable_psa
 from psa_diffusers.cli.bench_output import append_csv, environment_of
-from psa_diffusers.integration.example_inputs import EXAMPLE_INPUTS
+from psa_diffusers.integration.example_inputs import EXAMPLES
 from psa_diffusers.integration.forecast import random_model, speedup_ceiling
 from psa_diffusers.integration.schedule import dense_steps
 
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = random_model(CLASS, {**settings, "num_layers": options.blocks}, options.device)
     model = nn.Module.to(model, getattr(torch, options.dtype))
-    inputs = EXAMPLE_INPUTS[CLASS](model, latents)
+    inputs = EXAMPLES[CLASS].inputs(model, latents)
     config = PSAConfig(compute_budget=options.compute_budget, dense_warmup=0.0)
     tokens = math.prod(latents) // 4
     with torch.inference_mode():

@@ -18,6 +18,9 @@ Piece = TypeVar("Piece")
 
 # Python itself runs one thread at a time: beyond this many, workers wait for it, and get several cores each instead.
 MAX_WORKERS = 16
+# To prepare is many short operators, after each of which a thread waits for Python: with four threads at it, each was
+# measured to take nine times as long, and four times the processor's time, as with one or two.
+MOST_PREPARED = 2
 
 
 def thread_count(device: torch.device) -> int:
@@ -36,8 +39,8 @@ def run_groups(
     """Call ``work`` on every piece that ``prepare`` makes of every group, on that many threads.
 
     A slot is the memory that a group lives in: ``prepare`` gets a free one, ``finish`` the same when the last piece of
-    its group is done, and then it is free again. Pieces are begun in their order. The first error is raised here, once
-    the other threads ended.
+    its group is done, and then it is free again. MOST_PREPARED groups are prepared at a time. Pieces are begun in their
+    order. The first error is raised here, once the other threads ended.
     """
     queue = _Queue(groups, slots, prepare, work, finish)
     if workers <= 1:
@@ -94,7 +97,7 @@ class _Queue(Generic[Group, Slot, Piece]):
                     return partial(self._work, *self.pieces.popleft())
                 if not self.groups and not self.preparing:
                     return None
-                if self.groups and self.free:
+                if self.groups and self.free and self.preparing < MOST_PREPARED:
                     self.preparing += 1
                     return partial(self._prepare, self.groups.popleft(), self.free.popleft())
                 self.changed.wait()

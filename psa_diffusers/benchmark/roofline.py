@@ -94,15 +94,14 @@ def stage_works(call: Call) -> dict[str, Work]:
     config, pairs, width = call.config, call.pairs, call.head_dim
     levels, kv = config.num_levels, 2 * call.tensor_bytes  # keys and values
     block_row = call.heads * call.kv_blocks * width  # numbers: one row of each kv block
-    drawn = 2 * config.sampled_queries * call.heads * call.query_blocks  # sampled queries of both estimates
-    first = drawn // 2
-    masses = first * call.kv_blocks
+    drawn = config.sampled_queries * call.heads * call.query_blocks  # sampled queries of either estimate
+    masses = drawn * call.kv_blocks
     averages = call.heads * call.query_blocks * width  # numbers: one row of each query block
     attention = call.compute_budget * call.heads * call.tokens**2  # logits
     return {
         # Means of keys and values, the keys' spread at each level, and the sampled keys.
         "statistics_kernel": Work(bytes=kv + HALF * block_row * (2 + levels + config.sampled_keys)),
-        # Every drawn query with every centroid, and with the spread around it.
+        # Every query sampled for the second estimate with every centroid, and with the spread around it.
         "centroids_kernel": Work(
             flops=2 * 2 * drawn * call.kv_blocks * width,
             bytes=HALF * (drawn * width + 2 * block_row + averages) + SINGLE * pairs,
@@ -110,7 +109,7 @@ def stage_works(call: Call) -> dict[str, Work]:
         ),
         "masses_kernel": Work(
             flops=2 * masses * config.sampled_keys * width,
-            bytes=HALF * (first * width + config.sampled_keys * block_row + masses),
+            bytes=HALF * (drawn * width + config.sampled_keys * block_row + masses),
             exponentials=masses * config.sampled_keys,
         ),
         "shares_kernel": Work(
@@ -151,6 +150,9 @@ def roofline_rows(
         raise ValueError(f"no limits are known of {gpu_name!r}; they are of {', '.join(GPUS)}.")
     gpu, works = GPUS[gpu_name], {"dense": dense_work(call), **stage_works(call)}
     seconds = {name: taken["median"] if isinstance(taken, Mapping) else taken for name, taken in measured.items()}
+    for name in seconds:  # a kernel for Hopper has its stage's work
+        if name not in works and (stage := name.removeprefix("hopper_")) in works:
+            works[name] = works.pop(stage)
     rows = []
     for name in [*works, *(name for name in seconds if name not in works)]:
         row = {"stage": name, "measured_ms": 1e3 * seconds[name] if name in seconds else None}

@@ -131,18 +131,18 @@ def _binary_flex(case: BenchCase, inputs: Inputs) -> Rival:
     """FlexAttention over a binary plan, on tensors that are put in its order beforehand."""
     plan = binary_plan(case, inputs)
     ordered = [tensor if plan.order is None else tensor[:, plan.order] for tensor in inputs]
-    attention = flex_attention(plan.level_mask, plan.query_block_size, plan.kv_block_size)
+    attention = flex_attention(plan)
     return Rival(lambda: attention(*ordered), plan.compute_budget, plan_given=True, in_order=plan.order is None)
 
 
-def flex_attention(level_mask: Tensor, query_block_size: int, kv_block_size: int) -> Attention:
-    """FlexAttention, compiled, that reads the pairs of a binary level mask [batch, heads, query_blocks, kv_blocks].
+def flex_attention(plan: Plan) -> Attention:
+    """FlexAttention, compiled, that reads the pairs of a binary plan.
 
     Blocks are consecutive runs of the tensors' own order: order them beforehand.
     """
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    mask = flex_block_mask(level_mask, query_block_size, kv_block_size)
+    mask = flex_block_mask(plan)
     compiled = torch.compile(flex)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -152,12 +152,15 @@ def flex_attention(level_mask: Tensor, query_block_size: int, kv_block_size: int
     return attention
 
 
-def flex_block_mask(level_mask: Tensor, query_block_size: int, kv_block_size: int) -> Any:
+def flex_block_mask(plan: Plan) -> Any:
     """FlexAttention's BlockMask of the pairs that are read; all of them in full, so that no logit is masked."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    read = (level_mask > 0).to(torch.int32)
+    read = (plan.level_mask > 0).to(torch.int32)
     counts = read.sum(-1, dtype=torch.int32)
     blocks = read.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    none = torch.zeros_like(counts)
-    return BlockMask.from_kv_blocks(none, blocks, counts, blocks, BLOCK_SIZE=(query_block_size, kv_block_size))
+    return BlockMask.from_kv_blocks(
+        *(torch.zeros_like(counts), blocks, counts, blocks),
+        BLOCK_SIZE=(plan.query_block_size, plan.kv_block_size),
+        seq_lengths=(plan.query_length, plan.key_length),  # whole blocks otherwise: too long for a short last one
+    )

@@ -39,7 +39,7 @@ def compare(
     limit: Annotated[int | None, _option("Take the first so many prompts.", panel="Prompts")] = None,
     seeds: Annotated[str, _option("Seeds of the noise, by commas.", panel="Prompts")] = "0",
     negative_prompt: Annotated[str | None, _option("What to keep away from (with guidance above 1).")] = None,
-    model: Annotated[str | None, _option("A Wan model in the diffusers layout: Hub id or folder.")] = None,
+    model: Annotated[str | None, _option("A text-to-video model in the diffusers layout: Hub id or folder.")] = None,
     output: Annotated[Path, _option("Folder for the results.")] = Path("outputs/compare"),
     preset: Annotated[str | None, _option("Named PSA configs, by commas.", panel="Settings")] = None,
     config: Annotated[

@@ -27,6 +27,7 @@ from .dense_store import DenseStore, dense_request, key_of
 from .errors import CommandError, WrongUsageError
 from .output import DENSE_VIDEO, answers
 from .processes import Processes
+from .settings import GenerationSettings
 
 Say = Callable[[str], None]
 MASKED_STEPS = 3  # of a run whose level masks are kept: the first, the middle and the last sparse step
@@ -173,6 +174,7 @@ class _Maker:
             **run_record.describe_run(run),
             **describe_parts(run),
             **run_record.describe_comparison(_as_run(dense, reference), run, measures),
+            "notes": [*run.statistics.notes, *size_notes(run, settings)],
             "masks": [[mask.step, mask.layer, mask.head, mask.num_levels] for mask in masks],
         }
         (folder / f"{name}.json").unlink(missing_ok=True)  # the record comes last, and says that all is there
@@ -182,6 +184,15 @@ class _Maker:
             with whole_file(folder / f"{name}.masks.npz") as partial:
                 np.savez_compressed(partial, **{str(i): mask.levels for i, mask in enumerate(masks)})
         run_record.write_json(folder / f"{name}.json", record)
+
+
+def size_notes(run: Generated, settings: GenerationSettings) -> list[str]:
+    """What to say where a pipeline rounds a size by itself."""
+    made, asked = run.frames.shape[:3], (settings.num_frames, settings.height, settings.width)
+    if made == asked:
+        return []
+    words = [f"{frames} frames of {width}x{height}" for frames, height, width in (made, asked)]
+    return [f"The pipeline made {words[0]}, where {words[1]} were asked for."]
 
 
 def masked_steps(steps: int, config: Any) -> list[int]:

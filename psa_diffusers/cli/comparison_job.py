@@ -16,6 +16,7 @@ from .generation import resolve_settings
 from .output import check_writable
 from .processes import Processes, own_device
 from .settings import GenerationSettings
+from .text_to_video import check_text_to_video
 from .vbench import check_names
 
 DENSE = "dense"
@@ -103,7 +104,8 @@ def prepare(
         raise WrongUsageError(f"--confidence must be at least 0.5 and below 1, but is {confidence}.")
     if folders[2] is not None:
         check_names(texts, len(numbers))
-    source = pipeline.find_model(model)
+    source = pipeline.find_model(model, any_pipeline=True)
+    check_text_to_video(source)
     unknown_words = settings.check_words(texts, source.vocabulary())
     resolved = [resolve_settings(source, config, video, machine, numbers[0]) for config in configs.values()]
     for seed in numbers:

@@ -15,6 +15,7 @@ from ..metrics.step_timer import StepTimer
 from . import plugin
 from .errors import CommandError
 from .settings import GenerationSettings
+from .text_to_video import call_arguments, pipeline_refusals, steps_watched
 
 DENSE, SPARSE = "dense", "sparse"
 
@@ -116,18 +117,10 @@ def generate(
     watcher = StepWatcher(pipe, settings, sparse, label or ("PSA" if sparse else DENSE), quiet)
     try:
         start = time.perf_counter()
-        output = pipe(
-            prompt=prompt,
-            negative_prompt=settings.negative_prompt or None,
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(settings.seed),
-            callback_on_step_end=watcher.on_step_end,
-            output_type="np" if decode else "latent",
-        )
+        generator = torch.Generator("cpu").manual_seed(settings.seed)
+        arguments = call_arguments(pipe, prompt, settings)
+        with pipeline_refusals(pipe), steps_watched(pipe, watcher.on_step_end) as watched:
+            output = pipe(**arguments, **watched, generator=generator, output_type="np" if decode else "latent")
         total = time.perf_counter() - start
         statistics = plugin.statistics(pipe) if sparse else None
     except (torch.OutOfMemoryError, MemoryError) as error:

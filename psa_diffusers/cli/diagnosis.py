@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import PSAConfig
 from . import machine
 from .errors import first_line
-from .pipeline import ModelSource, broken_model, compression
+from .model_files import compression
+from .pipeline import ModelSource, broken_model
 from .run_record import versions
 
 MEASURABLE_FLOPS = {"cpu": 2e11, "cuda": 2e14}  # of a layer: some seconds
@@ -72,21 +72,28 @@ def diagnose(question: Question) -> dict[str, Any]:
 
 def _transformers_in(index: dict[str, Any]) -> list[tuple[str, str]]:
     """(component, class) of what denoises, as ``model_index.json`` names it."""
-    parts = {name: part[1] for name, part in index.items() if isinstance(part, Sequence) and len(part) == 2}
+    parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and len(part) >= 2}
     return [(name, kind) for name, kind in parts.items() if kind and ("transformer" in name or "Transformer" in kind)]
 
 
 def has_forecast(index: dict[str, Any]) -> bool:
     """Whether the tokens of a pipeline's transformers can be told from a video's size."""
-    from ..integration.example_inputs import EXAMPLE_INPUTS
+    from ..integration.example_inputs import EXAMPLES
 
-    return any(kind in EXAMPLE_INPUTS for _, kind in _transformers_in(index))
+    return any(kind in EXAMPLES for _, kind in _transformers_in(index))
+
+
+def takes_any_frames(index: dict[str, Any]) -> bool:
+    """Whether a pipeline makes numbers of frames beside ``k * step + 1``: by windows, or by rounding."""
+    from ..integration.example_inputs import EXAMPLES
+
+    return any(EXAMPLES[kind].any_frames for _, kind in _transformers_in(index) if kind in EXAMPLES)
 
 
 def _transformer(question: Question, component: str, kind: str) -> dict[str, Any]:
     """What a sparse step would do in one transformer."""
-    from ..integration.example_inputs import EXAMPLE_INPUTS
-    from ..integration.forecast import forecast, random_model, sparse_layers
+    from ..integration.example_inputs import EXAMPLES
+    from ..integration.forecast import random_model, sparse_layers
 
     settings = question.source.read_config(component)
     found: dict[str, Any] = {"component": component, "class": kind, "why_dense": None, "no_forecast": None}
@@ -96,19 +103,41 @@ def _transformer(question: Question, component: str, kind: str) -> dict[str, Any
         return {**found, "sparse_layers": 0, "why_dense": first_line(error).removeprefix("PSAProcessor: ")}
     except (TypeError, AttributeError, RuntimeError) as error:  # values of other kinds than the class takes
         raise broken_model(question.source.name, f"no {kind} comes of {component}/config.json", error) from error
-    if kind not in EXAMPLE_INPUTS:
+    if kind not in EXAMPLES:
         return {**found, "no_forecast": f"psa-doctor cannot tell the tokens of {kind}, and so makes no estimate."}
-    latents = _latents(question)
+    try:
+        return {**found, **_forecast(question, component, kind, settings)}
+    except (RuntimeError, TypeError, ValueError) as error:  # a mode of the model that the example does not know
+        failed = f"psa-doctor makes no estimate: a trial forward of {kind} without data fails: {first_line(error, 160)}"
+        return {**found, "no_forecast": failed}
+
+
+def _forecast(question: Question, component: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a trial forward in a sparse step shows."""
+    from ..integration.example_inputs import EXAMPLES
+    from ..integration.forecast import forecast
+
+    latents = _latents(question, kind)
     seen = forecast(kind, settings, latents, question.config)
     values = {**asdict(seen), "grid": list(seen.grid) if seen.grid else None, "dense_reasons": dict(seen.dense_reasons)}
     reasons = ", ".join(f"{reason} ({calls} calls)" for reason, calls in seen.dense_reasons.items())
-    why = None if seen.sparse_calls else f"all self-attention of {component} stays dense: {reasons}."
-    return {**found, "latents": list(latents), **values, "attention_share": seen.attention_share, "why_dense": why}
+    return {
+        "counted": EXAMPLES[kind].counted or None,
+        "latents": list(latents),
+        **values,
+        "attention_share": seen.attention_share,
+        "least_budget": seen.least_budget(question.config),
+        "why_dense": None if seen.sparse_calls else f"all self-attention of {component} stays dense: {reasons}.",
+    }
 
 
-def _latents(question: Question) -> tuple[int, int, int]:
+def _latents(question: Question, kind: str) -> tuple[int, int, int]:
+    """Frames, height and width of the latents of one forward of such a transformer."""
+    from ..integration.example_inputs import EXAMPLES
+
     frame_step, spatial = compression(question.source.read_config("vae"))
-    return (question.num_frames - 1) // frame_step + 1, question.height // spatial, question.width // spatial
+    frames = EXAMPLES[kind].latent_frames(question.num_frames, frame_step)
+    return frames, question.height // spatial, question.width // spatial
 
 
 def _backend(question: Question, shape: dict[str, Any] | None) -> tuple[str | None, str]:
@@ -143,18 +172,16 @@ def _estimate(question: Question, shape: dict[str, Any] | None, steps: dict[str,
 
     if shape is None:
         return None
-    share, budget, total, dense = (
-        shape["attention_share"],
-        expected_budget(question.config, question.steps),
-        steps["total"],
-        steps["dense"],
-    )
+    share, total, dense = shape["attention_share"], steps["total"], steps["dense"]
+    asked, least = expected_budget(question.config, question.steps), shape["least_budget"]
+    budget = None if asked is None else max(asked, least)
     found = {
         "kind": "Amdahl's law on counts of floating-point operations, as if all were equally fast; not measured",
         "attention_share": share,
         "free_attention_step": speedup_ceiling(share, 0.0),
         "free_attention_run": speedup_ceiling(share, 0.0, dense, total),
         "compute_budget": budget,
+        "above_asked": None if asked is None or budget == asked else asked,
         "step": None if budget is None else speedup_ceiling(share, budget),
         "run": None if budget is None else speedup_ceiling(share, budget, dense, total),
         "not_counted": list(NOT_COUNTED),
@@ -166,8 +193,11 @@ def _measure(question: Question, shape: dict[str, Any], steps: dict[str, Any]) -
     """Times of one layer on this device, where that takes seconds."""
     import torch
 
+    from ..integration.example_inputs import EXAMPLES
     from ..integration.forecast import measure_layer
 
+    if not EXAMPLES[shape["class"]].layers_alike:
+        return {"skipped": f"the layers of {shape['class']} are not alike, so that one tells little of the others."}
     kind = torch.device(question.device).type
     flops = (shape["attention_flops"] + shape["other_flops"]) / shape["sparse_calls"]
     limit = MEASURABLE_FLOPS.get(kind, MEASURABLE_FLOPS["cpu"])

@@ -43,7 +43,7 @@ def doctor(
     debug: Annotated[bool, _option("Show the traceback of an error.", "--debug")] = False,
 ) -> int:
     from . import machine, pipeline, settings
-    from .diagnosis import Question, diagnose, has_forecast
+    from .diagnosis import Question, diagnose, has_forecast, takes_any_frames
 
     psa_config = settings.read_config(preset, config, compute_budget)
     source = pipeline.find_model(model, any_pipeline=True)
@@ -54,7 +54,8 @@ def doctor(
     settings.check_numbers(size["num_inference_steps"], size["guidance_scale"], size["fps"], 0)
     frames, rows, columns = size["num_frames"], size["height"], size["width"]
     if has_forecast(source.index):
-        settings.check_size(frames, rows, columns, *pipeline.size_rules(source))
+        frame_step, multiples = pipeline.size_rules(source)
+        settings.check_size(frames, rows, columns, 1 if takes_any_frames(source.index) else frame_step, multiples)
     question = Question(
         source=source,
         num_frames=frames,
@@ -103,6 +104,8 @@ def _model(found: dict[str, Any]) -> list[str]:
                 f"{name}: {part['sparse_calls']} self-attention calls sparse in a sparse step, over {part['tokens']:,} "
                 f"tokens (grid {frames} x {rows} x {columns}), {part['heads']} heads x {part['head_dim']}."
             )
+            if part["counted"]:
+                lines.append(f"{name}: a forward is taken to see {part['counted']}.")
             for reason, calls in part["dense_reasons"].items():
                 lines.append(f"{name}: {calls} self-attention calls dense: {reason}.")
         elif part["why_dense"]:
@@ -130,6 +133,11 @@ def _worth(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"  {estimate['free_attention_step']:.2f}x and {estimate['free_attention_run']:.2f}x if attention cost nothing."
     )
+    if estimate["above_asked"] is not None:
+        lines.append(
+            f"The compute budget is above the {estimate['above_asked']:.2f} asked for: text and conditioning stay at "
+            "full resolution."
+        )
     lines.append(f"Not in it: {', '.join(estimate['not_counted'])}.")
     if measured and "skipped" in measured:
         lines.append(f"Not measured: {measured['skipped']}")

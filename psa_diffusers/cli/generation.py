@@ -12,7 +12,7 @@ from ..config import PSAConfig
 from ..metrics import write_video
 from ..report.comparison import compare_videos, side_by_side
 from . import machine as machines
-from . import pipeline, run_record, settings
+from . import pipeline, run_record, settings, text_to_video
 from .denoise import Generated, generate
 from .errors import WrongUsageError
 from .output import DENSE_VIDEO, SIDE_BY_SIDE, VIDEO, RunFolder, default_folder, plan_folders
@@ -105,7 +105,7 @@ def resolve_settings(
     seed: int,
     preset: str | None = None,
 ) -> settings.GenerationSettings:
-    """What the user gave, else what the model says, else what Wan pipelines are meant for; all of it checked.
+    """What the user gave, else what the model says, else what its pipeline is meant for; all of it checked.
 
     Args:
         source: The model.
@@ -116,14 +116,15 @@ def resolve_settings(
         preset: Name of the config, for the record.
     """
     given = {name: value for name, value in video.items() if value is not None}
-    chosen = {**settings.WAN_DEFAULTS, **source.defaults(), **given}
+    chosen = {**text_to_video.video_defaults(source), **given}
+    text_to_video.check_options(source, given, chosen)
     device = machines.pick_device(machine[0])
     machines.check_offload(machine[2], device)
     resolved = settings.GenerationSettings(
         model=source.name,
         negative_prompt=chosen["negative_prompt"],
         steps=chosen["num_inference_steps"],
-        guidance_scale=float(chosen["guidance_scale"]),
+        guidance_scale=None if chosen["guidance_scale"] is None else float(chosen["guidance_scale"]),
         height=chosen["height"],
         width=chosen["width"],
         num_frames=chosen["num_frames"],
@@ -136,7 +137,8 @@ def resolve_settings(
         preset=preset,
     )
     settings.check_numbers(resolved.steps, resolved.guidance_scale, resolved.fps, resolved.seed)
-    settings.check_size(resolved.num_frames, resolved.height, resolved.width, *pipeline.size_rules(source))
+    if text_to_video.is_wan(source):  # other pipelines check it themselves
+        settings.check_size(resolved.num_frames, resolved.height, resolved.width, *pipeline.size_rules(source))
     machines.check_backend(config.backend, device)
     return resolved
 

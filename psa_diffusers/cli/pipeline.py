@@ -14,8 +14,10 @@ from typing import Any
 
 from .. import demo
 from .errors import CommandError, WrongUsageError, first_line
+from .model_files import INDEX_FILES, compression, read_index
 
 BUNDLED = "bundled"
+WAN = "WanPipeline"
 HASHED_MODEL_BYTES = 200 * 2**20  # folders up to this size are identified by the hash of their weights
 
 
@@ -128,23 +130,38 @@ def _find(name: str | None) -> ModelSource:
 
 
 def _local_model(name: str, folder: Path) -> ModelSource:
-    file = folder / "model_index.json"
-    if not file.is_file():
+    file = next((folder / index for index in INDEX_FILES if (folder / index).is_file()), None)
+    if file is None:
         raise WrongUsageError(f"{folder} is not a diffusers model folder: it has no model_index.json.")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = read_index(file)
         components = [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]
     except (OSError, ValueError, AttributeError, IndexError) as error:
-        raise broken_model(name, "model_index.json cannot be read", error) from error
+        raise broken_model(name, f"{file.name} cannot be read", error) from error
     missing = [component for component in components if not (folder / component).is_dir()]
-    if missing:
+    if missing and file.name == INDEX_FILES[0]:  # a modular pipeline may have its parts elsewhere
         raise broken_model(name, f"{folder} has no folder {', '.join(missing)}")
     return ModelSource(name, str(folder), index)
 
 
+def _hub_index(name: str) -> Path:
+    from huggingface_hub import errors
+
+    regular, modular = INDEX_FILES
+    try:
+        return Path(_download(name, regular))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise
+        try:
+            return Path(_download(name, modular))
+        except errors.EntryNotFoundError:
+            raise error from None
+
+
 def _hub_model(name: str) -> ModelSource:
     try:
-        index = json.loads(Path(_download(name, "model_index.json")).read_text(encoding="utf-8"))
+        index = read_index(_hub_index(name))
     except Exception as error:  # no such model, no connection, offline mode, a server's failure
         advice = "Check the spelling (a known one: Wan-AI/Wan2.1-T2V-1.3B-Diffusers), or give a folder."
         raise WrongUsageError(f"{_hub_failure(name, error)} {advice}") from error
@@ -164,9 +181,9 @@ def _hub_failure(name: str, error: Exception) -> str:
 
 def _checked(source: ModelSource) -> ModelSource:
     kind = source.index.get("_class_name")
-    if kind != "WanPipeline":
+    if kind != WAN:
         raise WrongUsageError(
-            f"psa-generate makes videos from text by Wan models (WanPipeline), but {source.name} is a {kind}. "
+            f"psa-generate makes videos from text by Wan models ({WAN}), but {source.name} is a {kind}. "
             "Other pipelines: see 'In your own code' in the README."
         )
     return source
@@ -186,20 +203,8 @@ def size_rules(source: ModelSource) -> tuple[int, tuple[int, int]]:
         raise broken_model(source.name, "the config.json of its VAE or transformer names no sizes", error) from error
 
 
-def compression(vae: dict[str, Any]) -> tuple[int, int]:
-    """How many frames, and pixels of a side, go into one of the latents, by a VAE's ``config.json``."""
-    if "spatio_temporal_scaling" in vae:  # LTX
-        stages = 2 ** sum(vae["spatio_temporal_scaling"])
-        return vae.get("patch_size_t", 1) * stages, vae.get("patch_size", 1) * stages
-    if "temporal_compression_ratio" in vae:  # HunyuanVideo, CogVideoX
-        spatial = vae.get("spatial_compression_ratio") or 2 ** (len(vae["block_out_channels"]) - 1)
-        return vae["temporal_compression_ratio"], spatial
-    stages = vae.get("temperal_downsample", (False, True, True))  # Wan; diffusers spells it so
-    return vae.get("scale_factor_temporal") or 2 ** sum(stages), vae.get("scale_factor_spatial") or 2 ** len(stages)
-
-
 def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "none"):
-    """The pipeline, ready to run on the device; its VAE in float32, as Wan's authors advise.
+    """The pipeline, ready to run on the device; Wan's VAE in float32, as its authors advise.
 
     Raises:
         WrongUsageError: the model's files are incomplete or corrupt.
@@ -209,7 +214,9 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     import torch
     from packaging.version import Version
 
-    dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    dtypes = {"default": getattr(torch, dtype)}
+    if source.index.get("_class_name") == WAN:  # others hand it latents of the dtype that everything has
+        dtypes["vae"] = torch.float32
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
         with _quiet_loading():

@@ -32,7 +32,7 @@ class GenerationSettings:
     model: str
     negative_prompt: str
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None  # None = the pipeline takes none
     height: int
     width: int
     num_frames: int
@@ -140,11 +140,11 @@ def check_lpips_weights(path: Path | None, compare: bool) -> None:
         raise WrongUsageError(f"there is no weights file {path}.")
 
 
-def check_numbers(steps: int, guidance_scale: float, fps: float, seed: int) -> None:
+def check_numbers(steps: int, guidance_scale: float | None, fps: float, seed: int) -> None:
     """Refuse values that no model takes."""
     rules = [
         ("--steps", steps, "at least 1", steps >= 1),
-        ("--guidance-scale", guidance_scale, "0 or more", 0 <= guidance_scale < float("inf")),
+        ("--guidance-scale", guidance_scale, "0 or more", guidance_scale is None or 0 <= guidance_scale < float("inf")),
         ("--fps", fps, "above 0 and at most 240", 0 < fps <= 240),
         ("--seed", seed, "between 0 and 2^63 - 1", 0 <= seed < 2**63),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..budget_schedule import mean_budget
 from ..config import PSAConfig
-from .example_inputs import EXAMPLE_INPUTS
+from .example_inputs import EXAMPLES
+from .meta_forward import meta_forward
 from .native import PATCH, set_processor
 from .processor import PSAProcessor
 from .schedule import Step, dense_reason
@@ -52,6 +54,17 @@ class Forecast:
         """Share of the forward's operations that PSA can reduce."""
         return self.attention_flops / (self.attention_flops + self.other_flops)
 
+    def least_budget(self, config: PSAConfig) -> float:
+        """What the tokens beside the video's cost by themselves, being at full resolution as rows and as columns."""
+        if self.grid is None:
+            return 0.0
+        video, cheapest = math.prod(self.grid), 1 / config.kv_block_size if config.rule == "budget" else 0.0
+        free = 1.0  # share of the block pairs that hold none of them
+        for block in (config.query_block_size, config.kv_block_size):
+            blocks = -(-self.tokens // block)
+            free *= (video // block if video < self.tokens else blocks) / blocks
+        return 1 - free + free * cheapest
+
 
 class _Recorder(PSAProcessor):
     """Notes what would be computed sparsely, and computes nothing there."""
@@ -77,16 +90,17 @@ def forecast(name: str, settings: Mapping[str, Any], latents: tuple[int, int, in
         config: PSA's settings.
 
     Raises:
-        ValueError: nothing is known of the class's inputs (``EXAMPLE_INPUTS`` holds those of which there is).
+        ValueError: nothing is known of the class's inputs (``EXAMPLES`` holds those of which there is).
     """
-    if name not in EXAMPLE_INPUTS:
-        raise ValueError(f"no forecast for {name}; there is one for {', '.join(EXAMPLE_INPUTS)}.")
-    model = random_model(name, settings)
+    if name not in EXAMPLES:
+        raise ValueError(f"no forecast for {name}; there is one for {', '.join(EXAMPLES)}.")
+    example = EXAMPLES[name]
+    model = random_model(name, example.settings(dict(settings)))
     recorder = _Recorder(model, _one_step(config))
     _install(model, recorder)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, recorder.step(0, 1):
-        model(**EXAMPLE_INPUTS[name](model, latents))
+    with torch.no_grad(), meta_forward(), counter, recorder.step(0, 1):
+        model(**example.inputs(model, latents))
     shapes = recorder.shapes
     _, tokens, heads, head_dim = shapes[0] if shapes else (None,) * 4
     return Forecast(
@@ -203,9 +217,10 @@ def measure_layer(
     """
     one = {"num_layers": 1, "num_single_layers": 0, "vace_layers": [0], "num_visual_blocks": 1, "num_decoder_layers": 0}
     fewer = {key: value for key, value in one.items() if key in settings or key == "num_layers"}
-    model = random_model(name, {**settings, **fewer}, device)
+    example = EXAMPLES[name]
+    model = random_model(name, example.settings({**settings, **fewer}), device)
     model = nn.Module.to(model, dtype)  # all of it; a model's own method would remark on that
-    inputs = EXAMPLE_INPUTS[name](model, latents)
+    inputs = example.inputs(model, latents)
     config = replace(_one_step(config), dense_layers=())
     dense, dense_parts = _timed_forward(model, _DenseTimer(model, config), inputs)
     sparse, sparse_parts = _timed_forward(model, PSAProcessor(model, config), inputs)

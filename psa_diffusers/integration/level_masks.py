@@ -26,7 +26,7 @@ class LevelMask:
     Attributes:
         step, layer, head: Which one; of a batch the first sample.
         num_levels: Of the plan.
-        levels: int8 [query_blocks, kv_blocks], as in :attr:`Plan.level_mask`.
+        levels: int8 [query_blocks, kv_blocks], as in :class:`~psa_diffusers.planning.Plan`.
     """
 
     step: int

@@ -98,7 +98,10 @@ class StepClock:
     def _from_timesteps(self, pipe: Any, timesteps: torch.Tensor | None, timestep: Any, renewed: bool) -> Step | None:
         if timesteps is None or len(timesteps) == 0:
             return None
-        position = _place_in_storage(getattr(pipe, "_current_timestep", None), timesteps)
+        current = getattr(pipe, "_current_timestep", None)
+        position = _place_in_storage(current, timesteps)
+        if position is None and isinstance(current, int | float):  # Cosmos 2.5 reads it, and gives the model sigmas
+            position = _nearest(current, timesteps)
         pipe_runs = position is not None or not hasattr(pipe, "_current_timestep")
         if position is None:
             position = _place_told_to_guiders(pipe, timesteps)
@@ -163,7 +166,9 @@ def _nearest(timestep: Any, timesteps: torch.Tensor) -> int | None:
     if isinstance(timestep, torch.Tensor):
         if timestep.numel() == 0:
             return None
-        timestep = float(timestep.max())  # per-token timesteps (TI2V) are 0 where an image is given
+        # Of timesteps a token the noisiest: those of given images, sound or keyframes are nearer to the clean end.
+        upwards = bool(timesteps[0] < timesteps[-1])  # MiniMax-H3 counts from noise at 0
+        timestep = float(timestep.min() if upwards else timestep.max())
     if not isinstance(timestep, int | float):
         return None
     distances = (timesteps.double() - timestep).abs()

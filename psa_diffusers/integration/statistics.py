@@ -30,7 +30,7 @@ class SparseCall:
         step: Index of the denoising step; None = not known.
         layer: Index of the transformer block.
         branch: Which of the step's forwards it was part of.
-        counts: int64 [levels, batch, heads], from :meth:`Plan.level_counts`.
+        counts: int64 [levels, batch, heads], from :meth:`~psa_diffusers.planning.Plan.level_counts`.
         num_levels, kv_block_size: Of the plan.
         planning: What making the plan took; next to nothing where it was there already.
     """
@@ -59,8 +59,10 @@ class PSAStatistics:
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
         planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
-        calibration: With ``calibrate=True`` the :class:`~.calibrating.Calibration`; else None.
-        calls: A :class:`SparseCall` for each sparse call; ``psa_report`` reads them.
+        calibration: With ``calibrate=True`` the :class:`~psa_diffusers.integration.calibrating.Calibration`; else
+            None.
+        calls: A :class:`~psa_diffusers.integration.statistics.SparseCall` for each sparse call; ``psa_report`` reads
+            them.
         dense: Calls that ran dense, by (step, layer, reason); step and layer are None where they are not known.
     """
 
@@ -158,7 +160,7 @@ class PSAStatistics:
 
     @property
     def last_step(self) -> tuple[int, int, str] | None:
-        """(index, total, kind) of the newest step. Cheap: for progress bars."""
+        """(index, total, kind) of the newest step. Cheap, for progress bars."""
         return self.steps[-1] if self.steps else None
 
     @property

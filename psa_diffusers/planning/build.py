@@ -216,11 +216,11 @@ class _Planner:
 
     def _budget_levels(self, cap: Tensor | None) -> Tensor:
         config = self.config
-        samples = self._query_samples()
+        samples = self._query_samples(turn=1)
         spread = measure_spread(
             self.key, self.value, self.layout.order, self.real, config.kv_block_size, config.num_levels
         )
-        importance = self._importance(samples, spread)
+        importance = self._importance(self._query_samples(), spread)
         second = centroid_energy(
             samples,
             spread.key_mean,
@@ -270,7 +270,7 @@ class _Planner:
             levels = spend(prices, None, *where, target_error=wanted)
         return levels
 
-    def _query_samples(self) -> Samples:
+    def _query_samples(self, turn: int = 0) -> Samples:
         config = self.config
         return draw_samples(
             self.query,
@@ -280,7 +280,7 @@ class _Planner:
             config.sampled_queries,
             seed=config.seed,
             kind="query",
-            rounds=2 if config.rule == "budget" else 1,
+            turn=turn,
         )
 
     def _importance(self, samples: Samples, spread: Spread | None = None) -> Importance:
@@ -308,8 +308,7 @@ class _Planner:
         keys = draw_samples(
             self.key, order, self.real, config.kv_block_size, config.sampled_keys, seed=config.seed, kind="key"
         )
-        first = samples.first(config.sampled_queries)
-        return sampled_importance(first, keys, scale=self.scale, reduction=config.importance_reduction)
+        return sampled_importance(samples, keys, scale=self.scale, reduction=config.importance_reduction)
 
     def _key_counts(self) -> Tensor | None:
         """int64 [batch or 1, kv_blocks]: real keys of each block; None when all blocks are full."""

@@ -125,10 +125,10 @@ def centroid_energy(
     """A second estimate of :attr:`Importance.energy`, whose errors are not those of the sampled keys.
 
     A block's mass is taken as count x exp(mean logit + half the logits' variance), exact for normally distributed
-    logits, with mean and variance from the block's statistics. At one product a block it affords more queries.
+    logits, with mean and variance from the block's statistics.
 
     Args:
-        query: sampled queries.
+        query: sampled queries; others than the first estimate's, for these would share its errors.
         key_mean, key_spread: float32 [batch, heads, kv_blocks, head_dim]: mean, and mean squared deviation from it.
         key_counts: int [batch or 1, kv_blocks], real keys of each block; None = all full.
     """

@@ -23,7 +23,7 @@ class Plan:
         order: int64 [tokens], the token at each position of the block order, for queries and keys alike.
             None = raster (position is token).
         query_length, key_length: Tokens of the sequences that the plan was made for.
-        query_block_size, kv_block_size, num_levels: As in :class:`PSAConfig`.
+        query_block_size, kv_block_size, num_levels: As in :class:`~psa_diffusers.PSAConfig`.
         key_lengths: int64 [batch] or None; raster positions from that one on are padding, which no one reads.
         value_gain: float32 [batch, heads], how much of the value correction each head gets; None = all of it.
         notes: What the planner had to report, e.g. that the full tokens alone exceed the budget.
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def compute_budget(self) -> float:
-        """The achieved compute budget: mean cost of a block pair, dense = 1. Synchronises a GPU; not for hot paths."""
+        """The achieved compute budget (mean cost of a block pair, dense = 1). Synchronises a GPU; not for hot paths."""
         return float(self.mean_cost())
 
     @property

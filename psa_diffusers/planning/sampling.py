@@ -27,11 +27,6 @@ class Samples:
     valid: Tensor | None
     weights: Tensor | None
 
-    def first(self, samples: int) -> Samples:
-        """The first ``samples`` that were drawn of each block. Weights are those of all and are dropped."""
-        valid = None if self.valid is None else self.valid[:, :samples]
-        return Samples(self.rows[:, :, :samples], valid, None)
-
     def of_heads(self, heads: slice) -> Samples:
         return Samples(self.rows[:, heads], self.valid, self.weights)
 
@@ -58,27 +53,33 @@ def _priorities(seed: int, kind: str, blocks: int, block_size: int, samples: int
 
 @lru_cache(maxsize=64)
 def _positions(
-    seed: int, kind: str, length: int, block_size: int, runs: int, samples: int, device: str
+    seed: int, kind: str, length: int, block_size: int, samples: int, turn: int, device: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Positions int64 [1, blocks, samples], valid and weights for a sequence without padding."""
     blocks = -(-length // block_size)
-    order = _priorities(seed, kind, blocks, block_size, runs, "cpu")
+    order = _priorities(seed, kind, blocks, block_size, samples, "cpu")
     real = unpadded_positions(length, block_size, torch.device("cpu"))
-    positions, valid, weights = _choose(order, real, samples)
+    positions, valid, weights = _choose(order, real, samples, turn)
     if length % block_size == 0:
         return positions.to(device), None, None
     return positions.to(device), valid.to(device), weights.to(device)
 
 
-def _choose(order: Tensor, real: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``samples`` real positions of each block [batch, blocks, samples], which are valid, and weights."""
+def _choose(order: Tensor, real: Tensor, samples: int, turn: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Real positions of each block [batch, blocks, samples], which are valid, and weights.
+
+    Those drawn first; for turn 1 the next ones, or the last ones where a block has too few for two turns.
+    """
     batch, blocks, block_size = real.shape
     drawn = order.expand(batch, -1, -1)
     missing = ~real.gather(2, drawn)
-    first = torch.argsort(missing.to(torch.int8), dim=2, stable=True)[:, :, :samples]
-    inside = drawn.gather(2, first)
-    valid = ~missing.gather(2, first)
-    weights = real.sum(2) / valid.sum(2).clamp(min=1)
+    in_turn = torch.argsort(missing.to(torch.int8), dim=2, stable=True)
+    counts = real.sum(2)
+    start = (counts - samples).clamp(min=0, max=turn * samples)
+    here = in_turn.gather(2, start[:, :, None] + torch.arange(samples, device=real.device))
+    inside = drawn.gather(2, here)
+    valid = ~missing.gather(2, here)
+    weights = counts / valid.sum(2).clamp(min=1)
     starts = torch.arange(blocks, device=real.device)[None, :, None] * block_size
     return inside + starts, valid.transpose(1, 2), weights.to(torch.float32)
 
@@ -92,23 +93,24 @@ def draw_samples(
     *,
     seed: int,
     kind: str,
-    rounds: int = 1,
+    turn: int = 0,
 ) -> Samples:
-    """``rounds * samples`` tokens of every block of ``tokens`` [batch, seq, heads, head_dim].
+    """``samples`` tokens of every block of ``tokens`` [batch, seq, heads, head_dim].
 
-    The first ``samples`` do not depend on ``rounds``. ``kind`` is "query" or "key", so that the two are drawn apart.
+    ``kind`` is "query" or "key", so that the two are drawn apart. ``turn`` 1 draws others than 0, as far as a block has
+    others.
 
     ``real`` is bool [batch, blocks, block_size] where the batch is padded, else None. The positions are the same for
     all heads, and for the whole batch but for padding.
     """
     batch, length, heads, head_dim = tokens.shape
-    runs, samples = min(samples, block_size), min(rounds * samples, block_size)
+    samples = min(samples, block_size)
     blocks = -(-length // block_size)
     if real is None:
-        positions, valid, weights = _positions(seed, kind, length, block_size, runs, samples, str(tokens.device))
+        positions, valid, weights = _positions(seed, kind, length, block_size, samples, turn, str(tokens.device))
     else:
-        drawn = _priorities(seed, kind, blocks, block_size, runs, str(tokens.device))
-        positions, valid, weights = _choose(drawn, real, samples)
+        drawn = _priorities(seed, kind, blocks, block_size, samples, str(tokens.device))
+        positions, valid, weights = _choose(drawn, real, samples, turn)
     positions = positions.transpose(1, 2).reshape(positions.shape[0], -1).clamp(max=length - 1)
     if order is not None:
         positions = order[positions]

@@ -58,7 +58,7 @@ def plot_benchmark(rows: Sequence[Row]) -> Figure:
     panels = [(draw, series) for draw, series in panels if len(series) > 1]
     if not panels:
         raise ValueError("a plot needs rows of two lengths at one budget, or of two budgets at one length.")
-    figure = new_figure(5.2 * len(panels), 4.2)
+    figure = new_figure(7.2 * len(panels), 4.2)
     from matplotlib.ticker import LogLocator
 
     for axes, (draw, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -68,7 +68,7 @@ def plot_benchmark(rows: Sequence[Row]) -> Figure:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     first = panels[0][1][0]
     figure.suptitle(f"{first['device_name']}, {first['dtype']}, torch {first['torch']}", fontsize=9)
     return figure

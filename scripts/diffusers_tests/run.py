@@ -22,6 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from psa_diffusers.cli.run_record import commit
 from psa_diffusers.integration.models import known_transformers
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +58,15 @@ def run(checkout: Path, file: Path, enable: bool, arguments: list[str]) -> dict:
         return found | {"output": done.stdout}
 
 
-def row_of(name: str, native: dict, sparse: dict) -> tuple[dict, list[str]]:
+def checked_out(checkout: Path) -> str:
+    """The commit of a checkout; empty where it is none."""
+    asked = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    top, _, found = done.stdout.strip().partition("\n")
+    return found if done.returncode == 0 and Path(top) == checkout else ""
+
+
+def row_of(name: str, native: dict, sparse: dict, tests_commit: str) -> tuple[dict, list[str]]:
     """The row of a test file, and the tests whose outcome PSA changes."""
     before, after = native["outcomes"], sparse["outcomes"]
     changed = sorted(test for test in before.keys() | after.keys() if before.get(test) != after.get(test))
@@ -74,6 +83,8 @@ def row_of(name: str, native: dict, sparse: dict) -> tuple[dict, list[str]]:
         "dense_reasons": "; ".join(f"{reason}: {calls}" for reason, calls in sorted(sparse["dense_calls"].items())),
         "diffusers": diffusers.__version__,
         "torch": torch.__version__,
+        "commit": commit(),
+        "tests_commit": tests_commit,
     }
     return row, worse
 
@@ -93,9 +104,10 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="print the reports of tests that PSA makes fail")
     options, rest = parser.parse_known_args()
     checkout, rows, fine = options.checkout.resolve(), [], True
+    tests_commit = checked_out(checkout)
     for file in test_files(checkout, options.models):
         native, sparse = (run(checkout, file, enable, rest) for enable in (False, True))
-        row, worse = row_of(file.stem.removeprefix("test_models_transformer_"), native, sparse)
+        row, worse = row_of(file.stem.removeprefix("test_models_transformer_"), native, sparse, tests_commit)
         fine &= not worse and row["sparse_calls"] > 0
         rows.append(row)
         print(json.dumps(row), *(f"  only natively: {test}" for test in worse), sep="\n", flush=True)

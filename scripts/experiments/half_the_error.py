@@ -12,24 +12,13 @@ import _laboratory  # noqa: F401
 from block_policies import PAPER, PRESETS, budget_rule, quantiles
 from experiment import arguments_of, finish, report_cases
 from harness import measure, pick, write_rows
-from policies import published
+from policies import OUR_CONFIGS, SMALL_BLOCKS, published
 
-from psa_diffusers import PSAConfig
-
-SMALL = {"query_block_size": 64, "sampled_queries": 8}
-FITTED = PSAConfig(value_correction="fitted")
 THEIRS = {
     **published(),
-    **{f"{name}, 64 queries": quantiles(shares, replace(PAPER, **SMALL)) for name, shares in PRESETS.items()},
+    **{f"{name}, 64 queries": quantiles(shares, replace(PAPER, **SMALL_BLOCKS)) for name, shares in PRESETS.items()},
 }
-OURS = {
-    "ours, default": budget_rule(),
-    "ours, fitted": budget_rule(FITTED),
-    "ours, fitted, 64 queries": budget_rule(replace(FITTED, **SMALL)),
-    "ours, 64 queries": budget_rule(PSAConfig(**SMALL)),
-    "ours, logit variance": budget_rule(PSAConfig(logit_correction="variance")),
-    "ours, fitted, 64 queries, logit variance": budget_rule(replace(FITTED, logit_correction="variance", **SMALL)),
-}
+OURS = {name: budget_rule(config) for name, config in OUR_CONFIGS.items()}
 
 
 def main() -> None:

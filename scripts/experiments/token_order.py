@@ -34,7 +34,7 @@ def reordered(policy, order_of):
         order = order_of(case.grid).to(case.query.device)
         tensors = (x[:, order] for x in case.inputs)
         found = policy(Case(case.name, case.source, *tensors, case.grid), budget)
-        return Result(found.output[:, order.argsort()], found.compute_budget, found.estimator)
+        return Result(found.output[:, order.argsort()], found.costs, found.estimator)
 
     return ordered
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from cases import Case
-from equal_compute import factor_at, make_plan, mean_cost, scores, shares_at, thresholds_at, token_order
+from equal_compute import factor_at, make_plan, mean_cost, ranked_levels, scores, shares_at, thresholds_at, token_order
 from oracle import exact_errors
 from torch import Tensor
 
@@ -29,14 +29,19 @@ class Result:
     """What a policy gives for a case.
 
     Attributes:
-        output: [1, tokens, heads, head_dim].
-        compute_budget: What its attention cost, dense = 1, the estimator not included.
+        output: [batch, tokens, heads, head_dim].
+        costs: float64 [batch], what its attention cost, dense = 1, the estimator not included.
         estimator: FLOPs of what chose, as a share of dense attention's.
     """
 
     output: Tensor
-    compute_budget: float
+    costs: Tensor
     estimator: float
+
+    @property
+    def compute_budget(self) -> float:
+        """The mean cost. Waits for a GPU."""
+        return float(self.costs.mean())
 
 
 Policy = Callable[[Case, float], Result]
@@ -44,7 +49,13 @@ Policy = Callable[[Case, float], Result]
 
 def attend(case: Case, plan: Plan, config: PSAConfig, estimator: float) -> Result:
     output = pyramid_sparse_attention(*case.inputs, config, plan=plan)
-    return Result(output, plan.compute_budget, estimator)
+    return Result(output, sample_costs(plan), estimator)
+
+
+def sample_costs(plan: Plan) -> Tensor:
+    """float64 [batch]: the mean cost of a sample's block pairs, on the plan's device."""
+    counts = plan.level_counts().double()
+    return (counts * plan.level_costs()[:, None, None]).sum((0, 2)) / counts.sum((0, 2))
 
 
 def estimator_share(config: PSAConfig) -> float:
@@ -55,13 +66,13 @@ def estimator_share(config: PSAConfig) -> float:
         "antidiagonal": 1 / 8,
         "pooled": 1 / pair,
     }
-    # The budget rule's second estimate: mean and variance of a block's logits, for twice the queries.
-    second = 4 * config.sampled_queries / pair if config.rule == "budget" else 0.0
+    # The budget rule's second estimate: mean and variance of a block's logits, for as many other queries.
+    second = 2 * config.sampled_queries / pair if config.rule == "budget" else 0.0
     return (products[config.importance] + second) / 2
 
 
 def by_levels(choose: Callable[[Tensor, float, PSAConfig], Tensor], base: PSAConfig = PAPER) -> Policy:
-    """A policy from scores [1, heads, query_blocks, kv_blocks] and a budget to levels."""
+    """A policy from scores [batch, heads, query_blocks, kv_blocks] and a budget to levels."""
     attending = replace(base, rule="topk", compute_budget=None, value_correction=None)
 
     def policy(case: Case, budget: float) -> Result:
@@ -98,11 +109,11 @@ def capped(fractions: tuple[float, ...], similarity: tuple[float, ...], base: PS
     def policy(case: Case, budget: float) -> Result:
         order, score = token_order(case, base), scores(case, base)
         cap = similarity_cap(case.key, order, None, base.kv_block_size, similarity)
-        cost = sum(share * 2.0**-level for level, share in enumerate(fractions))
         levels = factor_at(
             budget,
             1 / sum(fractions),
-            lambda factor: cap_levels(shares_at(score, fractions, cost * factor), cap),
+            score,
+            lambda factors: cap_levels(ranked_levels(score, [share * factors for share in fractions]), cap),
             lambda levels: mean_cost(levels, base.kv_block_size, base.num_levels),
         )
         return attend(case, make_plan(case, base, levels, order), base, estimator_share(base))
@@ -155,33 +166,39 @@ def sparge(similarity: float | None, base: PSAConfig = PAPER) -> Policy:
             strict=True,
         )
         logits = means[0] @ means[1].transpose(2, 3) * case.scale
-        limit = similarity
-        while True:
-            fixed = None
-            if limit is not None:
-                fixed = (likeness[0] < limit)[..., :, None] | (likeness[1] < limit)[..., None, :]
-                logits_now = logits.masked_fill((likeness[1] < limit)[..., None, :], -1e30)
-            score = torch.softmax(logits if fixed is None else logits_now, -1)
-            if fixed is None or float(fixed.float().mean()) < 0.8 * budget:
-                break
-            limit = limit / 2 if limit > 0.02 else None
+        unlike = [mean < _least_likeness(likeness, similarity, 0.8 * budget)[:, None, None] for mean in likeness]
+        fixed = unlike[0][..., :, None] | unlike[1][..., None, :]
+        score = torch.softmax(logits.masked_fill(unlike[1][..., None, :], -1e30), -1)
         levels = factor_at(
-            budget, 1.0, lambda tau: _top_cdf(score, tau, fixed), lambda levels: mean_cost(levels, 64, 4)
+            *(budget, 1.0, score), lambda tau: _top_cdf(score, tau, fixed), lambda levels: mean_cost(levels, 64, 4)
         )
         return attend(case, make_plan(case, base, levels, order), base, estimator_share(base))
 
     return policy
 
 
-def _top_cdf(score: Tensor, tau: float, fixed: Tensor | None) -> Tensor:
+def _least_likeness(likeness: Sequence[Tensor], similarity: float | None, share: float) -> Tensor:
+    """float32 [batch]: the limit below which blocks are fixed: ``similarity``, halved until less than this share of the
+    pairs is; -inf where none is. ``likeness`` [batch, heads, blocks] of query and key blocks."""
+    limits, limit = [], similarity
+    while limit is not None:
+        limits.append(limit)
+        limit = limit / 2 if limit > 0.02 else None
+    chosen = torch.full_like(likeness[0][:, 0, 0], float("-inf"))
+    for limit in reversed(limits):
+        fixed = (likeness[0] < limit)[..., :, None] | (likeness[1] < limit)[..., None, :]
+        chosen = torch.where(fixed.float().mean((1, 2, 3)) < share, limit, chosen)
+    return chosen
+
+
+def _top_cdf(score: Tensor, tau: Tensor, fixed: Tensor) -> Tensor:
     ranked, index = score.sort(dim=-1, descending=True, stable=True)
-    kept = (ranked.cumsum(-1) - ranked < tau).to(torch.int8)
-    levels = torch.zeros_like(kept).scatter_(-1, index, kept)
-    return levels if fixed is None else levels | fixed.to(torch.int8)
+    kept = (ranked.cumsum(-1) - ranked < tau.to(ranked)).to(torch.int8)
+    return torch.zeros_like(kept).scatter_(-1, index, kept) | fixed.to(torch.int8)
 
 
 def _means_and_likeness(tokens: Tensor, order: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Block means [1, heads, blocks, head_dim] and the mean cosine of a block's pairs [1, heads, blocks]."""
+    """Block means [batch, heads, blocks, head_dim] and the mean cosine of a block's pairs [batch, heads, blocks]."""
     blocks = -(-tokens.shape[1] // size)
     real = unpadded_positions(tokens.shape[1], size, tokens.device)
     rows = block_rows(tokens, order, real, 0, blocks, size).unflatten(-1, tokens.shape[2:])

@@ -27,7 +27,10 @@ TUNING, REPORT = "tuning", "report"
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One attention call, [1, tokens, heads, head_dim] each; scale 1 / sqrt(head_dim), no padding, no text."""
+    """One attention call, [batch, tokens, heads, head_dim] each; scale 1 / sqrt(head_dim), no padding, no text.
+
+    Here the batch is 1; whole videos are made in batches, and every policy treats a sample as if it were alone.
+    """
 
     name: str
     source: str  # "synthetic" or "captured"

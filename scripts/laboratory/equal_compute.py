@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -22,6 +22,7 @@ from psa_diffusers.planning.plan import Plan
 from psa_diffusers.planning.sampling import draw_samples
 
 GOLDEN = 0.6180339887498949
+ByFactor = Callable[[Tensor], Tensor]
 
 
 def token_order(case: Case, config: PSAConfig) -> Tensor | None:
@@ -38,7 +39,7 @@ def token_order(case: Case, config: PSAConfig) -> Tensor | None:
 
 @lru_cache(maxsize=8)
 def scores(case: Case, config: PSAConfig) -> Tensor:
-    """float32 [1, heads, query_blocks, kv_blocks]: the config's importance. Kept for the case's other budgets."""
+    """float32 [batch, heads, query_blocks, kv_blocks]: the config's importance. Kept for the case's other budgets."""
     order, sizes = token_order(case, config), (config.query_block_size, config.kv_block_size)
     if config.importance == "antidiagonal":
         return antidiagonal_importance(
@@ -60,7 +61,7 @@ def scores(case: Case, config: PSAConfig) -> Tensor:
 
 
 def make_plan(case: Case, config: PSAConfig, levels: Tensor, order: Tensor | None) -> Plan:
-    """A plan of int8 levels [1, heads, query_blocks, kv_blocks] with the config's blocks."""
+    """A plan of int8 levels [batch, heads, query_blocks, kv_blocks] with the config's blocks."""
     return Plan(
         levels,
         case.tokens,
@@ -72,21 +73,23 @@ def make_plan(case: Case, config: PSAConfig, levels: Tensor, order: Tensor | Non
     )
 
 
-def mean_cost(levels: Tensor, kv_block_size: int, num_levels: int) -> float:
-    """Compute budget of a level mask; dense = 1."""
+def mean_cost(levels: Tensor, kv_block_size: int, num_levels: int) -> Tensor:
+    """float64 [batch]: compute budget of a level mask [batch, heads, query_blocks, kv_blocks]; dense = 1."""
     cost = [0.0] + [2.0**-level for level in range(num_levels)] + [1 / kv_block_size]
-    return float(torch.tensor(cost, device=levels.device)[levels.long()].double().mean())
+    return torch.tensor(cost, device=levels.device)[levels.long()].double().mean((1, 2, 3))
 
 
-def ranked_levels(score: Tensor, fractions: tuple[float, ...]) -> Tensor:
-    """The paper's quantile rule, but that rows round their shares in turn up and down, so that any budget is met."""
+def ranked_levels(score: Tensor, fractions: Sequence[float | Tensor]) -> Tensor:
+    """The paper's quantile rule, but that rows round their shares in turn up and down, so that any budget is met.
+
+    A share is a number, or a tensor [batch, 1, 1, 1]."""
     blocks = score.shape[-1]
     rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
     rows = torch.arange(score.shape[1] * score.shape[2], device=score.device).view(1, *score.shape[1:3], 1)
     rounding = (rows * GOLDEN) % 1.0
     levels = torch.zeros_like(rank, dtype=torch.int8)
     for level in range(len(fractions), 0, -1):
-        end = torch.floor(blocks * sum(fractions[:level]) + rounding)
+        end = torch.floor(torch.as_tensor(blocks * sum(fractions[:level])).to(rounding) + rounding)
         levels = torch.where(rank < end, level, levels)
     empty = (levels > 0).sum(-1, keepdim=True) == 0
     return torch.where(empty & (rank == 0), 1, levels).to(torch.int8)
@@ -103,30 +106,40 @@ def lowest_pairs(priority: Tensor, budget: float) -> Tensor:
     return kept
 
 
-def factor_at(budget: float, high: float, levels_of: Callable[[float], Tensor], cost_of: Callable[[Tensor], float]):
-    """The levels at the largest factor in (0, high] whose cost stays within the budget, by bisection."""
-    low, best = 0.0, levels_of(high)
-    if cost_of(best) <= budget:
-        return best
+def factor_at(budget: float, high: float, like: Tensor, levels_of: ByFactor, cost_of: Callable[[Tensor], Tensor]):
+    """The levels at the largest factor in (0, high] whose cost stays within the budget, by bisection.
+
+    Args:
+        like: A tensor [batch, ...]; every sample gets its own factor. Nothing waits for its device.
+        levels_of: From factors, float64 [batch, 1, 1, 1], to levels [batch, heads, query_blocks, kv_blocks].
+        cost_of: From levels to costs, float64 [batch].
+    """
+    highs = torch.full((len(like), 1, 1, 1), high, dtype=torch.float64, device=like.device)
+    lows, best = torch.zeros_like(highs), levels_of(highs)
+    enough = _within(budget, cost_of(best))  # nothing to look for
     for _ in range(16):
-        middle = (low + high) / 2
+        middle = (lows + highs) / 2
         levels = levels_of(middle)
-        if cost_of(levels) <= budget:
-            low, best = middle, levels
-        else:
-            high = middle
-    return best if low > 0 else levels_of(high)
+        fits = _within(budget, cost_of(levels))
+        best = torch.where(fits & ~enough, levels, best)
+        lows, highs = torch.where(fits, middle, lows), torch.where(fits, highs, middle)
+    return torch.where(enough | (lows > 0), best, levels_of(highs))
+
+
+def _within(budget: float, costs: Tensor) -> Tensor:
+    return (costs <= budget)[:, None, None, None]
 
 
 def thresholds_at(score: Tensor, thresholds: tuple[float, ...], budget: float, kv_block_size: int) -> Tensor:
     """The paper's threshold rule, its thresholds times one factor (cut at 1)."""
 
-    def levels_of(factor: float) -> Tensor:
-        return threshold_levels(score, tuple(min(1.0, tau * factor) for tau in thresholds), None)
+    def levels_of(factors: Tensor) -> Tensor:
+        return threshold_levels(score, tuple((tau * factors).clamp(max=1.0) for tau in thresholds), None)
 
     return factor_at(
         budget,
         1 / min(tau for tau in thresholds if tau > 0),
+        score,
         levels_of,
         lambda levels: mean_cost(levels, kv_block_size, len(thresholds)),
     )

@@ -14,6 +14,18 @@ DEFAULT, OURS = "budget rule (ours, default)", "budget rule (ours, tuned)"
 PUBLISHED = (*PRESETS, "PSA threshold")  # as published, nothing tuned
 
 BINARY = (1.0, 0.0, 0.0, 0.0)
+# The budget rule's settings that are compared by themselves.
+SMALL_BLOCKS = {"query_block_size": 64, "sampled_queries": 8}
+OUR_CONFIGS = {
+    "ours, default": PSAConfig(),
+    "ours, fitted": PSAConfig(value_correction="fitted"),
+    "ours, fitted, 64 queries": PSAConfig(value_correction="fitted", **SMALL_BLOCKS),
+    "ours, 64 queries": PSAConfig(**SMALL_BLOCKS),
+    "ours, logit variance": PSAConfig(logit_correction="variance"),
+    "ours, fitted, 64 queries, logit variance": PSAConfig(
+        value_correction="fitted", logit_correction="variance", **SMALL_BLOCKS
+    ),
+}
 ESTIMATES = {
     "sampled max": PAPER,
     "sampled sum": replace(PAPER, importance_reduction="sum"),

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from block_policies import PAPER, Policy, Result, _read_only
+from block_policies import PAPER, Policy, Result, _read_only, attend
 from cases import Case
 from equal_compute import lowest_pairs, make_plan
 from torch import Tensor
-
-from psa_diffusers import pyramid_sparse_attention
 
 SAMPLED_ROWS = 64
 BASE = _read_only(PAPER)
@@ -24,28 +22,34 @@ Mask = tuple[Tensor, Tensor | None]  # priority [query_blocks, kv_blocks], the l
 
 def choose_a_head(masks: Callable[[Case], Sequence[Mask]]) -> Policy:
     """For each head the best of several masks, judged on a sample of queries."""
+    made: dict[tuple, Sequence[Mask]] = {}
 
     def policy(case: Case, budget: float) -> Result:
-        candidates = masks(case)
-        costs, outputs = [], []
-        for priority, order in candidates:
+        where = (case.grid, case.query.device)
+        if where not in made:  # they follow from positions alone
+            made[where] = masks(case)
+        results = []
+        for priority, order in made[where]:
             kept = lowest_pairs(priority.float(), budget)
-            levels = kept.expand(1, case.heads, *kept.shape).contiguous()
-            plan = make_plan(case, BASE, levels, order)
-            costs.append(plan.compute_budget)
-            outputs.append(pyramid_sparse_attention(*case.inputs, BASE, plan=plan))
-        if len(outputs) == 1:
-            return Result(outputs[0], costs[0], 0.0)
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randperm(case.tokens, generator=generator)[:SAMPLED_ROWS].to(case.query.device)
-        lost = torch.stack([(out[:, rows] - case.dense[:, rows]).square().sum((0, 1, 3)) for out in outputs])
-        best = lost.argmin(0)
-        output = torch.stack(outputs)[best, :, :, torch.arange(case.heads, device=best.device)]
-        cost = sum(costs[i] for i in best.tolist()) / case.heads
-        share = SAMPLED_ROWS / case.tokens * (1 + len(candidates) * budget)
-        return Result(output.permute(1, 2, 0, 3).contiguous(), cost, share)
+            levels = kept.expand(len(case.query), case.heads, *kept.shape).contiguous()
+            results.append(attend(case, make_plan(case, BASE, levels, order), BASE, 0.0))
+        return results[0] if len(results) == 1 else _best_a_head(case, results, budget)
 
     return policy
+
+
+def _best_a_head(case: Case, results: Sequence[Result], budget: float) -> Result:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(case.tokens, generator=generator)[:SAMPLED_ROWS].to(case.query.device)
+    dense = case.dense[:, rows].float()
+    lost = torch.stack([(result.output[:, rows].float() - dense).square().sum((1, 3)) for result in results])
+    best = lost.argmin(0)  # [batch, heads]
+    output, costs = torch.zeros_like(results[0].output), torch.zeros_like(best, dtype=torch.float64)
+    for number, result in enumerate(results):
+        mine = best == number
+        output = torch.where(mine[:, None, :, None], result.output, output)
+        costs = torch.where(mine, result.costs[:, None], costs)  # a mask is the same for all heads
+    return Result(output, costs.mean(1), SAMPLED_ROWS / case.tokens * (1 + len(results) * budget))
 
 
 def cells(case: Case) -> Tensor:

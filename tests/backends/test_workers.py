@@ -1,12 +1,13 @@
 """Work shared out among threads: done once each, in few slots, and errors come through."""
 
 import threading
+import time
 from functools import partial
 
 import pytest
 import torch
 
-from psa_diffusers.backends.workers import run_groups
+from psa_diffusers.backends.workers import MOST_PREPARED, run_groups
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -55,6 +56,24 @@ def test_errors_come_through(workers, place):
     with pytest.raises(RuntimeError, match=f"in {place}"):
         steps = (partial(step, name=name) for name in ("prepare", "work", "finish"))
         run_groups(range(5), [None], *steps, workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_few_groups_are_prepared_at_a_time(workers):
+    preparing, most = [], 0
+
+    def prepare(group, slot):
+        nonlocal most
+        preparing.append(group)
+        most = max(most, len(preparing))
+        time.sleep(0.01)  # long enough for the others to begin, were they allowed to
+        preparing.remove(group)
+        return [group]
+
+    done = []
+    run_groups(range(12), list("abcdefgh"), prepare, done.append, lambda group, slot: None, workers)
+    assert sorted(done) == list(range(12))
+    assert most == min(workers, MOST_PREPARED)
 
 
 def test_the_callers_thread_count_stays():

@@ -26,7 +26,7 @@ def attend(*inputs, **named):
 
 
 def on_gpu(plan):
-    moved = {name: getattr(plan, name) for name in ("level_mask", "order", "key_lengths")}
+    moved = {name: getattr(plan, name) for name in ("level_mask", "order", "key_lengths", "value_gain")}
     moved = {name: None if tensor is None else tensor.cuda() for name, tensor in moved.items()}
     return dataclasses.replace(plan, **moved, cache={})
 

@@ -14,7 +14,7 @@ from psa_diffusers.benchmark.rounding import rounding_errors
 from psa_diffusers.benchmark.sparse_rivals import binary_plan, flex_block_mask
 from psa_diffusers.benchmark.stages import LaunchTimer, attention_seconds
 from psa_diffusers.config import PSAConfig
-from psa_diffusers.planning import build_plan
+from psa_diffusers.planning import Plan, build_plan
 from psa_diffusers.synthetic import video_like_qkv
 
 CASE = BenchCase((2, 8, 16), PSAConfig(compute_budget=0.3), heads=2, head_dim=32)
@@ -218,7 +218,11 @@ def test_flex_reads_what_the_plan_reads():
     mask = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
     mask[0, 0, 1, [0, 3]] = 1
     mask[0, 1, 2] = 1
-    assert torch.equal(flex_block_mask(mask, 128, 64).to_dense(), mask.to(torch.int32))
+    lengths = (300, 290)  # the last blocks are short
+    plan = Plan(mask, *lengths, query_block_size=128, kv_block_size=64, num_levels=4)
+    block_mask = flex_block_mask(plan)
+    assert torch.equal(block_mask.to_dense(), mask.to(torch.int32))
+    assert block_mask.shape[-2:] == lengths  # FlexAttention refuses tensors of other lengths
 
 
 def test_flex_is_given_its_plan(monkeypatch):

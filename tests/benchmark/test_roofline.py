@@ -65,9 +65,9 @@ def test_masses_are_sampled_queries_times_sampled_keys(call):
     assert other.flops == 2 * work.flops
 
 
-def test_centroids_take_both_draws_of_queries_and_two_products(call):
+def test_centroids_take_queries_of_their_own_and_two_products(call):
     work = stage_works(call)["centroids_kernel"]
-    assert work.exponentials == HEADS * (TOKENS // 128 * 32) * (TOKENS // 64)
+    assert work.exponentials == HEADS * (TOKENS // 128 * 16) * (TOKENS // 64)
     assert work.flops == work.exponentials * 2 * 2 * WIDTH
 
 
@@ -99,6 +99,15 @@ def test_rows_hold_limits_and_measurements(call):
     assert rows["dense"]["share_of_limit"] == pytest.approx(rows["dense"]["least_ms"] / 10.0)
     assert rows["other"] == {"stage": "other", "measured_ms": 500.0}
     assert rows["pyramid_kernel"]["bound_by"] == "memory" and rows["pyramid_kernel"]["share_of_limit"] is None
+
+
+def test_a_kernel_for_hopper_has_its_stages_limits(call):
+    plain, hopper = (
+        {row["stage"]: row for row in roofline_rows(call, "NVIDIA H200", {name: 0.002})}
+        for name in ("masses_kernel", "hopper_masses_kernel")
+    )
+    assert "masses_kernel" not in hopper and len(hopper) == len(plain)
+    assert hopper["hopper_masses_kernel"] == plain["masses_kernel"] | {"stage": "hopper_masses_kernel"}
 
 
 def test_unknown_gpu_is_an_error(call):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from psa_diffusers.cli import comparing
 from psa_diffusers.cli.compare import app as compare_app
 from psa_diffusers.cli.errors import run_command
 from psa_diffusers.cli.generate import app
@@ -70,3 +71,22 @@ def compared(saved_model, tmp_path_factory) -> Path:
     arguments += ["--output", folder / "out", "--vbench", folder / "vbench", "--quiet"]
     assert run_command("psa-compare", compare_app, [str(argument) for argument in arguments]) == 0
     return folder / "out"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(prompt, seed, setting) of each video that is really generated; ``calls.fail_at`` makes one of them fail."""
+
+    class Calls(list):
+        fail_at, error = None, KeyboardInterrupt
+
+    calls, real = Calls(), comparing.generate
+
+    def counting(pipe, prompt, settings, **options):
+        calls.append((prompt, settings.seed, options.get("label") or "dense"))
+        if len(calls) == calls.fail_at:
+            raise calls.error
+        return real(pipe, prompt, settings, **options)
+
+    monkeypatch.setattr(comparing, "generate", counting)
+    return calls

@@ -34,25 +34,6 @@ def stamps(folder):
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """(prompt, seed, setting) of each video that is really generated; ``calls.fail_at`` makes one of them fail."""
-
-    class Calls(list):
-        fail_at, error = None, KeyboardInterrupt
-
-    calls, real = Calls(), comparing.generate
-
-    def counting(pipe, prompt, settings, **options):
-        calls.append((prompt, settings.seed, options.get("label") or "dense"))
-        if len(calls) == calls.fail_at:
-            raise calls.error
-        return real(pipe, prompt, settings, **options)
-
-    monkeypatch.setattr(comparing, "generate", counting)
-    return calls
-
-
-@pytest.fixture
 def small(psa_compare, saved_model, tmp_path):
     """A comparison of one prompt, two steps, one setting."""
 

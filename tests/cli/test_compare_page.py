@@ -14,6 +14,7 @@ from PIL import Image
 
 from psa_diffusers.report.page import masks
 from psa_diffusers.report.page.figures import time_parts
+from psa_diffusers.report.page.render import player_data
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -74,6 +75,17 @@ def test_the_page_says_what_was_measured(text, compared):
     assert [clip["name"] for clip in data["clips"]] == ["001-seed0", "001-seed1", "002-seed0", "002-seed1"]
     record = json.loads((compared / "videos" / "002-seed1" / "psa-3.json").read_text())
     assert data["clips"][3]["settings"]["psa-3"]["frames"] == [round(value, 2) for value in record["frames"]["psnr"]]
+
+
+def test_the_player_has_the_frames_that_there_are(compared):
+    """Where a pipeline makes another number than it was asked for."""
+    results = json.loads((compared / "compare.json").read_text())
+    results["video"]["num_frames"] = 7
+    names = [(clip["clip"], clip["setting"]) for clip in results["clips"] if clip["setting"] != "dense"]
+    records = {
+        (clip, name): json.loads((compared / "videos" / clip / f"{name}.json").read_text()) for clip, name in names
+    }
+    assert player_data(results, records)["frames"] == 5
 
 
 def test_a_prompt_cannot_become_markup(small_page):

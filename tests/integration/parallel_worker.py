@@ -159,6 +159,23 @@ def error_of(pipe, size=LARGE):
         return str(error)
 
 
+def ring():
+    """What is said where ring attention is on, before or after PSA is enabled."""
+    from diffusers import ContextParallelConfig
+
+    said = []
+    for enabled_first in (False, True):
+        pipe = make_pipeline()
+        if enabled_first:
+            enable_psa(pipe, tiny_config())
+        try:
+            pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=dist.get_world_size()))
+            generate(pipe if enabled_first else enable_psa(pipe, tiny_config()), steps=2, **LARGE)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def compiled():
     pipe = make_parallel(make_pipeline())
     enable_psa(pipe, tiny_config(backend="reference"))
@@ -180,6 +197,7 @@ def cases(has_anything: bool) -> dict:
         results["other tokens, uneven"] = other_tokens(ulysses_anything=True)
     results["heads"] = error_of(make_parallel(make_pipeline(num_attention_heads=3)))
     results["tokens"] = error_of(make_parallel(make_pipeline()), ODD)
+    results["ring"] = ring()
     results["compiled"] = compiled()
     return results
 

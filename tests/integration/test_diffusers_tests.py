@@ -57,6 +57,7 @@ def test_outcomes_are_compared_and_calls_counted(tmp_path):
     assert (row["native_passed"], row["psa_passed"], row["passed_natively_only"]) == ("3", "2", "1")
     assert (row["sparse_calls"], row["tests_with_sparse_calls"]) == ("2", "1")
     assert row["dense_reasons"] == "gradients needed: 2"
+    assert row["tests_commit"] == ""  # it is no checkout
 
 
 def test_a_file_that_cannot_be_collected_is_no_result(tmp_path):

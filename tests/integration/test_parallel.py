@@ -131,6 +131,13 @@ def test_what_cannot_be_split_is_said(ranks):
         assert "27 tokens cannot be split evenly over ulysses_degree=2" in tokens and "ulysses_anything" in tokens
 
 
+def test_ring_attention_is_refused_in_all_processes(ranks):
+    for said in of_case(ranks, "ring"):
+        assert len(said) == 2
+        for error in said:
+            assert "does not run under ring attention" in error and "ulysses_degree instead" in error
+
+
 def context(degree, **settings):
     return SimpleNamespace(ulysses_degree=degree, ring_degree=1, **settings)
 

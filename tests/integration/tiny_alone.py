@@ -115,6 +115,30 @@ def wan(grid: Grid, batch: int) -> dict[str, Any]:
     )
 
 
+def wan_i2v(grid: Grid, batch: int) -> dict[str, Any]:
+    """The condition beside the latents, in the channels, and the image's tokens for cross-attention."""
+    frames, height, width = grid
+    image = dict(encoder_hidden_states_image=noise(batch, 5, 6))
+    return wan(grid, batch) | image | dict(hidden_states=noise(batch, 12, frames, 2 * height, 2 * width))
+
+
+def wan_ti2v(grid: Grid, batch: int) -> dict[str, Any]:
+    """A timestep for each token: the tokens of the first frame are the image."""
+    steps = torch.full((batch, grid[0] * grid[1] * grid[2]), 500)
+    steps[:, : grid[1] * grid[2]] = 0
+    return wan(grid, batch) | dict(timestep=steps)
+
+
+VACE = WAN | dict(vace_layers=[0], vace_in_channels=6)
+
+
+def wan_vace(grid: Grid, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return wan(grid, batch) | dict(
+        control_hidden_states=noise(batch, 6, frames, 2 * height, 2 * width), control_hidden_states_scale=torch.ones(1)
+    )
+
+
 SKYREELS_BLOCKS = WAN | dict(num_frame_per_block=2)
 ANIMATE = WAN | dict(
     in_channels=12,
@@ -254,6 +278,12 @@ ALONE = {
         change_padding=TEXT_BY_CROSS_ATTENTION,
     ),
     "ltx-condition": Tiny("LTXVideoTransformer3DModel", LTX, ltx_condition, calls=2, before=keyframe),
+    "wan": Tiny("WanTransformer3DModel", WAN, wan, calls=2),
+    "wan-i2v": Tiny(
+        "WanTransformer3DModel", WAN | dict(in_channels=12, image_dim=6, added_kv_proj_dim=24), wan_i2v, calls=2
+    ),
+    "wan-ti2v": Tiny("WanTransformer3DModel", WAN, wan_ti2v, calls=2),
+    "wan-vace": Tiny("WanVACETransformer3DModel", VACE, wan_vace, calls=3, layer_0=2),
     "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, wan, calls=2),
     "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, wan, calls=2),
     "wan-animate": Tiny("WanAnimateTransformer3DModel", ANIMATE, animate, calls=2, grids=((3, 4, 5), (5, 3, 7))),

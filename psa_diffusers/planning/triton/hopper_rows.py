@@ -69,7 +69,6 @@ def copy_queries(
     block,
     sample,
     query_blocks,
-    TABLE: gl.constexpr,
     SAMPLES: gl.constexpr,
 ):
     """Starts the copy of sampled queries to shared memory [ROWS, D]; 0 for none.
@@ -78,7 +77,7 @@ def copy_queries(
     """
     D: gl.constexpr = rows.shape[1]
     is_row = (block < query_blocks) & (sample < SAMPLES)
-    position = gl.load(positions + block * TABLE + sample, mask=is_row, other=-1)
+    position = gl.load(positions + block * SAMPLES + sample, mask=is_row, other=-1)
     valid = position >= 0
     token = position.to(gl.int64)
     if order is not None:

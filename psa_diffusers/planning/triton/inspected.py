@@ -54,10 +54,10 @@ def _planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) ->
     full = (None, None)
     if not case.is_plain:
         full = tuple(torch.empty(size, dtype=torch.bool, device="meta") for size in (query_blocks, kv_blocks))
-    drawn = min(2 * config.sampled_queries, case.query_block_size)
-    positions = torch.empty(query_blocks, drawn, dtype=torch.int32, device="meta")
-    estimates = empty_estimates(query, positions, statistics)
-    inputs = (query, config, order, positions, statistics, estimates)
+    samples = min(config.sampled_queries, case.query_block_size)
+    positions = torch.empty(query_blocks, samples, dtype=torch.int32, device="meta")
+    estimates = empty_estimates(query, case.query_block_size, statistics)
+    inputs = (query, config, order, (positions, positions), statistics, estimates)
     full_blocks = length // case.kv_block_size if case.is_plain else 0
     made = list(estimate_launches(*inputs, scale=head_dim**-0.5, full_blocks=full_blocks, target=case.target))
     choices, is_padded = empty_choices(estimates, case.num_levels), not case.is_plain

@@ -93,7 +93,6 @@ def masses_kernel(
     tiles,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TABLE: tl.constexpr,
     QUERY_SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -121,7 +120,6 @@ def masses_kernel(
         tl.program_id(0) * BLOCKS,
         query_blocks,
         channel,
-        TABLE,
         QUERY_SAMPLES,
         PADDED,
         BLOCK_M,
@@ -189,7 +187,6 @@ def masses_launch(
     layout: MassesLayout,
     heads: range,
     *,
-    samples: int,
     scale: float,
     full_blocks: int,
     target: str,
@@ -198,7 +195,7 @@ def masses_launch(
 
     Args:
         query: [batch, seq, heads, head_dim], any strides.
-        positions: int32 [query_blocks, drawn], of which the first ``samples`` count here.
+        positions: int32 [query_blocks, samples], see :func:`~.samples.query_positions`.
         full_blocks: so many kv blocks, from the first, have no key missing in any sample of the batch.
     """
     head_dim, query_blocks = query.shape[3], len(positions)
@@ -225,8 +222,7 @@ def masses_launch(
         "width": masses.mass.shape[1],
         "tiles": layout.tiles,
         "HEAD_DIM": head_dim,
-        "TABLE": positions.shape[1],
-        "QUERY_SAMPLES": samples,
+        "QUERY_SAMPLES": positions.shape[1],
         "PADDED": layout.padded,
         "SAMPLES": statistics.samples.shape[2],
         "BLOCK_M": layout.block_m,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.recipe import Recipes, Recording
+from ...gpu.sizes import ceil_div
 from ...gpu.target import target_of, tensor_obstacle
 from ..blocks import Layout
 from ..budget import rung_costs
@@ -94,13 +95,13 @@ def _record_plan(
     launched = [statistics_launch(key, value, statistics, draws, **where, **sizes)]
     # Padding may lie anywhere in the block order; without it the last block alone may be short.
     full_blocks = 0 if is_padded else key.shape[1] // config.kv_block_size
-    estimates = empty_estimates(query, positions, statistics)
+    estimates = empty_estimates(query, config.query_block_size, statistics)
     inputs = (query, config, layout.order, positions, statistics, estimates)
     launched += estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target=target)
     choices = empty_choices(estimates, config.num_levels)
     chosen = (config, layout, statistics, estimates, choices)
     launched += choice_launches(*chosen, is_padded=is_padded, target=target)
-    constants = (positions, draws, layout.order, layout.full_query_blocks, layout.full_kv_blocks)
+    constants = (*positions, draws, layout.order, layout.full_query_blocks, layout.full_kv_blocks)
     return Recording([(launch, launch.run()) for launch in launched], [choices.levels], constants)
 
 
@@ -111,17 +112,18 @@ def sampled_draws(key: Tensor, config: PSAConfig) -> Tensor:
     return key_draws(config.seed, blocks, size, min(config.sampled_keys, size), key.device)
 
 
-def sampled_positions(query: Tensor, config: PSAConfig) -> Tensor:
-    """int32 [query_blocks, drawn]: positions of the sampled queries; the first half of them for the first estimate."""
-    size = config.query_block_size
-    samples, drawn = min(config.sampled_queries, size), min(2 * config.sampled_queries, size)
-    return query_positions(config.seed, query.shape[1], size, samples, drawn, query.device)
+def sampled_positions(query: Tensor, config: PSAConfig) -> tuple[Tensor, Tensor]:
+    """int32 [query_blocks, samples] each: positions of the queries sampled for the first and the second estimate."""
+    size, length = config.query_block_size, query.shape[1]
+    samples = min(config.sampled_queries, size)
+    first, second = (query_positions(config.seed, length, size, samples, turn, query.device) for turn in (0, 1))
+    return first, second
 
 
-def empty_estimates(query: Tensor, positions: Tensor, statistics: Statistics) -> Estimates:
+def empty_estimates(query: Tensor, query_block_size: int, statistics: Statistics) -> Estimates:
     """Memory for queries [batch, query_length, heads, head_dim]."""
-    batch, _, heads, head_dim = query.shape
-    rows = (batch, heads, len(positions))
+    batch, length, heads, head_dim = query.shape
+    rows = (batch, heads, ceil_div(length, query_block_size))
     return Estimates(
         attention=query.new_empty(*rows, statistics.counts.shape[1], dtype=torch.float32),
         features=query.new_empty(*rows, head_dim, dtype=statistics.key_spread.dtype),
@@ -145,7 +147,7 @@ def estimate_launches(
     query: Tensor,
     config: PSAConfig,
     order: Tensor | None,
-    positions: Tensor,
+    positions: tuple[Tensor, Tensor],
     statistics: Statistics,
     estimates: Estimates,
     *,
@@ -155,11 +157,13 @@ def estimate_launches(
 ) -> Iterator[KernelLaunch]:
     """The launches that fill ``estimates``, in order; memory for the masses lives as long as this iterator.
 
-    ``full_blocks``: so many kv blocks, from the first, miss no key in any sample of the batch.
+    ``positions``: see :func:`sampled_positions`. ``full_blocks``: so many kv blocks, from the first, miss no key in any
+    sample of the batch.
     """
+    first_positions, second_positions = positions
     yield centroid_launch(
         query,
-        positions,
+        second_positions,
         order,
         statistics,
         estimates.attention,
@@ -169,19 +173,17 @@ def estimate_launches(
         full_blocks=full_blocks,
         target=target,
     )
-    samples = min(config.sampled_queries, config.query_block_size)
-    cut = masses_layout(query, len(positions), samples, statistics, scale=scale, target=target)
+    cut = masses_layout(query, *first_positions.shape, statistics, scale=scale, target=target)
     heads = query.shape[2]
     key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
     step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))
     masses = empty_masses(query, cut, step)
-    known = {"samples": samples, "target": target}
     results = (estimates.attention, estimates.output, estimates.output_power)
     for first in range(0, heads, step):
         some = range(first, min(heads, first + step))
-        inputs = (query, positions, order, statistics, masses, cut, some)
-        yield masses_launch(*inputs, scale=scale, full_blocks=full_blocks, **known)
-        yield shares_launch(masses, cut, positions, statistics, *results, some, **known)
+        inputs = (query, first_positions, order, statistics, masses, cut, some)
+        yield masses_launch(*inputs, scale=scale, full_blocks=full_blocks, target=target)
+        yield shares_launch(masses, cut, first_positions, statistics, *results, some, target=target)
 
 
 def choice_launches(

@@ -20,9 +20,12 @@ def key_draws(seed: int, kv_blocks: int, kv_block_size: int, samples: int, devic
 
 
 @lru_cache(maxsize=64)
-def query_positions(seed: int, length: int, block_size: int, runs: int, samples: int, device: torch.device) -> Tensor:
-    """int32 [query_blocks, samples]: the positions of each block's sampled queries in block order; -1 for none."""
-    positions, valid, _ = _positions(seed, "query", length, block_size, runs, samples, "cpu")
+def query_positions(seed: int, length: int, block_size: int, samples: int, turn: int, device: torch.device) -> Tensor:
+    """int32 [query_blocks, samples]: the positions of each block's sampled queries in block order; -1 for none.
+
+    See :func:`~..sampling.draw_samples` for ``turn``.
+    """
+    positions, valid, _ = _positions(seed, "query", length, block_size, samples, turn, "cpu")
     positions = positions[0]
     if valid is not None:
         positions = torch.where(valid[0].T, positions, -1)
@@ -40,20 +43,19 @@ def sampled_rows(
     first_block,
     query_blocks,
     channel,
-    TABLE: tl.constexpr,
     SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """The first SAMPLES sampled queries of ROWS / PADDED blocks: rows [ROWS, BD] (0 for none) and which are real.
+    """The SAMPLES sampled queries of each of ROWS / PADDED blocks: rows [ROWS, BD] (0 for none) and which are real.
 
-    Row r is sample r % PADDED of block first_block + r // PADDED. TABLE is the width of the table of positions.
+    Row r is sample r % PADDED of block first_block + r // PADDED.
     """
     row = tl.arange(0, ROWS)
     block = first_block + row // PADDED
     sample = row % PADDED
-    position = tl.load(positions + block * TABLE + sample, mask=(block < query_blocks) & (sample < SAMPLES), other=-1)
+    position = tl.load(positions + block * SAMPLES + sample, mask=(block < query_blocks) & (sample < SAMPLES), other=-1)
     valid = position >= 0
     token = position.to(tl.int64)
     if order is not None:

@@ -26,14 +26,13 @@ def _real_samples(
     positions,
     query_block,
     query_blocks,
-    TABLE: tl.constexpr,
     QUERY_SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     """float32 [QB]: how many sampled queries there are of each block."""
     sample = tl.arange(0, PADDED)
     mask = (query_block < query_blocks)[:, None] & (sample < QUERY_SAMPLES)[None, :]
-    position = tl.load(positions + query_block[:, None] * TABLE + sample[None, :], mask=mask, other=-1)
+    position = tl.load(positions + query_block[:, None] * QUERY_SAMPLES + sample[None, :], mask=mask, other=-1)
     return tl.sum((position >= 0).to(tl.float32), axis=1)
 
 
@@ -100,7 +99,6 @@ def shares_kernel(
     tiles,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TABLE: tl.constexpr,
     QUERY_SAMPLES: tl.constexpr,
     PADDED: tl.constexpr,
     STEP: tl.constexpr,
@@ -120,9 +118,7 @@ def shares_kernel(
     channel = tl.arange(0, BLOCK_D)
     query_block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_block = query_block < query_blocks
-    per_sample = 1.0 / tl.maximum(
-        _real_samples(positions, query_block, query_blocks, TABLE, QUERY_SAMPLES, PADDED), 1.0
-    )
+    per_sample = 1.0 / tl.maximum(_real_samples(positions, query_block, query_blocks, QUERY_SAMPLES, PADDED), 1.0)
     pair_row = (batch * heads + head) * query_blocks + query_block
     first_row = (batch * heads_here + tl.program_id(1)) * rows_of_head + query_block * PADDED
     value_mean += (batch * heads + head) * kv_blocks * HEAD_DIM
@@ -178,7 +174,6 @@ def shares_launch(
     output_power: Tensor,
     heads: range,
     *,
-    samples: int,
     target: str,
 ) -> KernelLaunch:
     """The launch that turns the second estimate in ``attention`` into attention^2, and fills what is beside it.
@@ -211,8 +206,7 @@ def shares_launch(
         "tiles": layout.tiles,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
-        "TABLE": positions.shape[1],
-        "QUERY_SAMPLES": samples,
+        "QUERY_SAMPLES": positions.shape[1],
         "PADDED": layout.padded,
         "STEP": min(layout.padded, SAMPLES_AT_A_TIME),
         "BLOCK_M": tile.block_m,

@@ -73,7 +73,8 @@ def player_data(results: Mapping[str, Any], records: Records) -> dict[str, Any]:
         clips.append({"name": row["clip"], "prompt": row["prompt"], "seed": row["seed"], "settings": measures})
     return {
         "fps": results["video"]["fps"],
-        "frames": results["video"]["num_frames"],
+        # Not the number that was asked for: some pipelines round it.
+        "frames": max(len(record["frames"]["psnr"]) for record in records.values()),
         "settings": list(results["settings"]),
         "clips": clips,
         "colours": COLOURS,
