@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .budget_schedule import BudgetPoint, read_points
+
 RULES = ("budget", "threshold", "topk")
 IMPORTANCES = ("sampled", "antidiagonal", "pooled")
 REDUCTIONS = ("sum", "max")
@@ -20,6 +22,8 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 DEFAULT_COMPUTE_BUDGET = 0.15
 DEFAULT_VALUE_CORRECTION = "covariance"
+# Of a preset's file: what it is, what it was calibrated for, and the settings.
+PRESET_KEYS = ("description", "calibrated", "config")
 # The paper's multi-level thresholds and its best top-k shares (PSA-3), section 4.4.
 DEFAULT_LEVEL_THRESHOLDS = (0.7, 0.8, 0.9, 0.9)
 DEFAULT_LEVEL_FRACTIONS = (0.15, 0.10, 0.20, 0.0)
@@ -46,6 +50,14 @@ class PSAConfig:
             level, a single centroid a block); ``"threshold"`` and ``"topk"`` are the paper's rules (section 3.3).
         compute_budget: Share of dense attention's work that the ``budget`` rule may use, in (0, 1]. Higher is denser,
             slower and closer to dense. Defaults to 0.15 for the ``budget`` rule, and belongs to it alone.
+        target_error: ``budget`` rule only, instead of ``compute_budget``: the relative error that each call's output
+            may have (its root mean square over the heads), in (0, 1). The plan spends what that is estimated to need
+            (:mod:`psa_diffusers.planning.target`); only the torch planner can, so that on a GPU planning is slower.
+        budget_schedule: ``budget`` rule only: compute budgets that change over a pipeline's run, instead of
+            ``compute_budget`` at every step: points (at, budget), where step ``i`` of ``n`` is at ``i / n``, linear
+            between them. A budget may be one a layer, and a point of one expert alone
+            (:class:`~psa_diffusers.budget_schedule.BudgetPoint`). Tensors given to ``build_plan`` have no step, and an
+            expert may have no points: there ``compute_budget`` holds.
         level_thresholds: ``threshold`` rule only: ``num_levels`` shares of the cumulative importance, in [0, 1]; a
             block gets the finest level whose threshold the blocks before it have not reached. Higher keeps more.
         level_fractions: ``topk`` rule only: ``num_levels`` shares of a row's blocks, level 1 first; the rest is
@@ -81,6 +93,8 @@ class PSAConfig:
     num_levels: int = 4
     rule: str = "budget"
     compute_budget: float | None = None
+    target_error: float | None = None
+    budget_schedule: tuple[BudgetPoint, ...] | None = None
     level_thresholds: tuple[float, ...] | None = None
     level_fractions: tuple[float, ...] | None = None
     similarity_thresholds: tuple[float, ...] | None = None
@@ -115,9 +129,9 @@ class PSAConfig:
         for name in (*integers, "refresh_every", "seed"):
             value = getattr(self, name)
             _require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
-        for name in ("compute_budget", "dense_warmup", "dense_last"):
+        for name in ("compute_budget", "target_error", "dense_warmup", "dense_last"):
             value = getattr(self, name)
-            optional = name == "compute_budget" and value is None
+            optional = name in ("compute_budget", "target_error") and value is None
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             _require(optional or is_number, name, "a number", value)
         for name in ("level_thresholds", "level_fractions", "similarity_thresholds", "dense_layers"):
@@ -153,8 +167,10 @@ class PSAConfig:
 
     def _check_rule(self) -> None:
         owned = (
-            ("budget", "compute_budget", DEFAULT_COMPUTE_BUDGET),
+            ("budget", "target_error", None),
+            ("budget", "compute_budget", None if self.target_error is not None else DEFAULT_COMPUTE_BUDGET),
             ("budget", "value_correction", DEFAULT_VALUE_CORRECTION),
+            ("budget", "budget_schedule", None),
             ("threshold", "level_thresholds", DEFAULT_LEVEL_THRESHOLDS),
             ("topk", "level_fractions", DEFAULT_LEVEL_FRACTIONS),
         )
@@ -185,15 +201,28 @@ class PSAConfig:
             self._check_similarity()
 
     def _check_budget(self) -> None:
-        budget, minimum = self.compute_budget, 1 / self.kv_block_size
-        _require(0 < budget <= 1, "compute_budget", "in (0, 1], dense attention being 1", budget)
-        rule = f"at least 1 / kv_block_size = {minimum:g}, one centroid a block; raise it or use larger kv blocks"
-        _require(budget >= minimum, "compute_budget", rule, budget)
-        self._set("compute_budget", float(budget))
+        minimum = 1 / self.kv_block_size
+        if self.target_error is None:
+            self._check_compute_budget(minimum)
+        else:
+            for name in ("compute_budget", "budget_schedule"):
+                rule = "left out (None) with target_error, which decides what is spent; give one of the two"
+                _require(getattr(self, name) is None, name, rule, getattr(self, name))
+            _require(0 < self.target_error < 1, "target_error", "a relative error in (0, 1)", self.target_error)
+            self._set("target_error", float(self.target_error))
+        if self.budget_schedule is not None:
+            self._set("budget_schedule", read_points(self.budget_schedule, minimum))
         correction = self.value_correction
         _require(
             correction in VALUE_CORRECTIONS, "value_correction", f"one of {', '.join(VALUE_CORRECTIONS)}", correction
         )
+
+    def _check_compute_budget(self, minimum: float) -> None:
+        budget = self.compute_budget
+        _require(0 < budget <= 1, "compute_budget", "in (0, 1], dense attention being 1", budget)
+        rule = f"at least 1 / kv_block_size = {minimum:g}, one centroid a block; raise it or use larger kv blocks"
+        _require(budget >= minimum, "compute_budget", rule, budget)
+        self._set("compute_budget", float(budget))
 
     def _check_shares(self, name: str, count: int) -> None:
         values = getattr(self, name)
@@ -216,7 +245,9 @@ class PSAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values (tuples become lists), ready for YAML or JSON."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.budget_schedule is not None:
+            values["budget_schedule"] = [point.to_dict() for point in self.budget_schedule]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -247,13 +278,15 @@ class PSAConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> PSAConfig:
-        """Read a file written by :meth:`save`, or by hand.
+        """Read a file written by :meth:`save`, by hand, or by ``psa-tune`` (a preset: ``config`` beside what it is).
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not YAML/JSON, or holds unknown settings or bad values.
         """
-        return cls.from_dict(_read_mapping(Path(path)))
+        values = _read_mapping(Path(path))
+        is_preset = "config" in values and values.keys() <= set(PRESET_KEYS)
+        return cls.from_dict(values["config"] if is_preset else values)
 
     # -- presets --------------------------------------------------------------------------------------------------
 

@@ -54,11 +54,24 @@ def test_it_cannot_be_changed():
 def test_every_field_of_the_full_example_differs_from_the_default():
     """So that the round trips below would notice any field that is lost."""
     same = [f.name for f in dataclasses.fields(PSAConfig) if getattr(FULL, f.name) == getattr(PSAConfig(), f.name)]
-    assert same == ["level_fractions"]  # of another rule, so None in both
+    assert same == ["target_error", "budget_schedule", "level_fractions"]  # of other rules, so None in both
     assert PSAConfig().value_correction == "covariance" and FULL.value_correction is None
 
 
-@pytest.mark.parametrize("config", [PSAConfig(), FULL, PSAConfig(rule="topk"), PSAConfig(compute_budget=1)])
+SCHEDULE = [(0.9, (0.1, 0.05)), (0.25, (0.3, 0.2)), {"at": 0.0, "budget": 0.2, "expert": "transformer_2"}]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PSAConfig(),
+        FULL,
+        PSAConfig(rule="topk"),
+        PSAConfig(compute_budget=1),
+        PSAConfig(budget_schedule=SCHEDULE),
+        PSAConfig(target_error=0.03),
+    ],
+)
 @pytest.mark.parametrize("name", ["config.yaml", "config.yml", "config.json"])
 def test_files_and_dictionaries_give_the_same_config_back(config, name, tmp_path):
     assert PSAConfig.from_dict(config.to_dict()) == config
@@ -121,6 +134,28 @@ BAD = [
     ({"refresh_every": 0}, "refresh_every must be at least 1"),
     ({"sampled_keys": 0}, "sampled_keys must be at least 1"),
     ({"seed": "x"}, "seed must be a whole number"),
+    ({"target_error": 0}, r"target_error must be a relative error in \(0, 1\), but is 0"),
+    ({"target_error": 1.0}, "target_error must be a relative error"),
+    ({"target_error": "small"}, "target_error must be a number"),
+    ({"target_error": 0.1, "compute_budget": 0.2}, r"compute_budget must be left out \(None\) with target_error"),
+    (
+        {"target_error": 0.1, "budget_schedule": [(0, 0.2)]},
+        "budget_schedule must be left out .* target_error",
+    ),
+    ({"target_error": 0.1, "rule": "topk"}, "only rule='budget' reads it"),
+    ({"budget_schedule": 0.2}, r"budget_schedule must be a list of points, each \(at, budget\) or"),
+    ({"budget_schedule": ()}, "budget_schedule must be a list of points"),
+    ({"budget_schedule": [(0.2, 0.3, 0.4)]}, r"budget_schedule must be .* but holds \(0.2, 0.3, 0.4\)"),
+    ({"budget_schedule": [{"at": 0.2, "level": 0.3}]}, "budget_schedule must be .* but holds {'at': 0.2, 'level'"),
+    ({"budget_schedule": [(1.5, 0.3)]}, r"at must be a share of the run in \[0, 1\], but is 1.5"),
+    ({"budget_schedule": [(0.5, 0.01)]}, "from 1 / kv_block_size = 0.015625 .* to 1 .* but is 0.01 at 0.5"),
+    ({"budget_schedule": [(0.5, [0.1, 1.2])]}, "but is 1.2 at 0.5"),
+    ({"budget_schedule": [(0.5, [])]}, "a number or one a layer, but is"),
+    ({"budget_schedule": [(0.5, True)]}, "but is True at 0.5"),
+    ({"budget_schedule": [(0.5, 0.1), (0.5, 0.2)]}, "one point a place, but has two at 0.5"),
+    ({"budget_schedule": [(0.5, 0.1), (0.7, [0.2, 0.1])]}, "gives one at 0.5 and 2 at 0.7"),
+    ({"budget_schedule": [{"at": 0.5, "budget": 0.1, "expert": 2}]}, "expert must be a transformer's name"),
+    ({"budget_schedule": [(0.5, 0.1)], "rule": "topk"}, "only rule='budget' reads it"),
 ]
 
 

@@ -7,21 +7,29 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
-from psa_diffusers.cli import bench, compare, doctor, generate
+from psa_diffusers import PSAConfig
+from psa_diffusers.cli import bench, compare, doctor, generate, tune
 from psa_diffusers.cli.errors import run_command
 
 from .cli.tiny_wan import save_model
 from .test_readme import PROJECT, ROOT, SMALLER
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-APPS = {"psa-generate": generate.app, "psa-compare": compare.app, "psa-bench": bench.app, "psa-doctor": doctor.app}
+APPS = {
+    "psa-generate": generate.app,
+    "psa-compare": compare.app,
+    "psa-bench": bench.app,
+    "psa-doctor": doctor.app,
+    "psa-tune": tune.app,
+}
 COMMANDS = r"`((?:psa-\w+|python scripts/\S+) --[^`]+|python scripts/\S+)`"
 
 
 def blocks(page: Path, language: str) -> list[str]:
     found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert {kind for kind, _ in found} <= {"bash", "python"}, page
+    assert {kind for kind, _ in found} <= {"bash", "python", "yaml"}, page
     return [text for kind, text in found if kind == language]
 
 
@@ -45,17 +53,24 @@ def test_python(code, page, tiny, tmp_path, monkeypatch):
     exec(compile(code, page, "exec"), {"MODEL": str(tiny)})
 
 
+@pytest.mark.parametrize("text, page", [(text, page.name) for page in PAGES for text in blocks(page, "yaml")])
+def test_settings(text, page):
+    assert PSAConfig.from_dict(yaml.safe_load(text)) != PSAConfig()
+
+
 @pytest.mark.parametrize("command", [words for words in shell() if words[0] in APPS], ids=" ".join)
 def test_commands(command, tiny, tmp_path, capsys, monkeypatch):
     """With a small model and fewer prompts, frames and steps than the page's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "tuned.yaml").write_text("compute_budget: 0.2\n") if command[0] != "psa-tune" else None
     (tmp_path / "mine.yaml").write_text("compute_budget: 0.2\n")
     smaller = {
         "psa-generate": ["--model", tiny, "--steps", 2],
         "psa-compare": ["--model", tiny, "--steps", 2, "--quiet"] + ["--limit", 1] * ("--prompt-set" in command),
         "psa-bench": ["--tokens", "512", "--repeats", 1],
         "psa-doctor": [],
+        "psa-tune": ["--model", tiny, "--quiet"],
     }[command[0]]
     words = [*command[1:], *map(str, smaller)]
     assert run_command(command[0], APPS[command[0]], words) == 0, capsys.readouterr().err

@@ -122,7 +122,7 @@ def binary_plan(case: BenchCase, inputs: Inputs) -> Plan:
         case.config,
         rule="topk",
         level_fractions=(case.config.compute_budget or 1.0,) + (0.0,) * (case.config.num_levels - 1),
-        **dict.fromkeys(("compute_budget", "value_correction", "level_thresholds")),
+        **dict.fromkeys(("compute_budget", "target_error", "budget_schedule", "value_correction", "level_thresholds")),
     )
     return build_plan(*inputs, config, grid=case.grid, full_tokens=case.full_tokens)
 

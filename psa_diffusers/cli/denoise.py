@@ -59,7 +59,9 @@ class StepWatcher:
         self.timer = StepTimer(pipe, settings.device)
         self.kinds: list[str] = []
         self._live_budget = not self.timer.on_gpu  # reading it would make a GPU wait
-        self._asked = settings.config.compute_budget
+        scheduled = settings.config.budget_schedule is not None
+        self._asked = None if scheduled else settings.config.compute_budget
+        self._unasked = "by schedule" if scheduled else "by content"
         self._bar = tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=quiet)
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, values: dict) -> dict:
@@ -78,7 +80,7 @@ class StepWatcher:
             return "1.00"
         if self._live_budget and statistics.compute_budget_sparse is not None:
             return f"{statistics.compute_budget_sparse:.3f}"
-        return f"{self._asked:.3f} asked" if self._asked is not None else "by content"
+        return f"{self._asked:.3f} asked" if self._asked is not None else self._unasked
 
     def close(self) -> None:
         self._bar.close()
@@ -93,6 +95,8 @@ def generate(
     sparse: bool,
     quiet: bool = False,
     label: str | None = None,
+    calibrate: bool = False,
+    decode: bool = True,
 ) -> Generated:
     """Make one video. The noise comes from the seed on the CPU, so that it is the same on every device.
 
@@ -103,18 +107,20 @@ def generate(
         sparse: With PSA by ``settings.config``, or dense.
         quiet: No progress bar.
         label: Of the progress bar; default PSA or dense.
+        calibrate: Measure, and spend the budget where it tells.
+        decode: Else there are no frames.
     """
     import torch
 
     if sparse:
-        plugin.switch_on(pipe, settings.config)
+        plugin.switch_on(pipe, settings.config, calibrate)
     watcher = StepWatcher(pipe, settings, sparse, label or ("PSA" if sparse else DENSE), quiet)
     try:
         start = time.perf_counter()
         generator = torch.Generator("cpu").manual_seed(settings.seed)
         arguments = call_arguments(pipe, prompt, settings)
         with pipeline_refusals(pipe), steps_watched(pipe, watcher.on_step_end) as watched:
-            output = pipe(**arguments, **watched, generator=generator, output_type="np")
+            output = pipe(**arguments, **watched, generator=generator, output_type="np" if decode else "latent")
         total = time.perf_counter() - start
         statistics = plugin.statistics(pipe) if sparse else None
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -125,7 +131,8 @@ def generate(
         watcher.close()
         if sparse:
             plugin.switch_off(pipe)
-    return Generated(_frames(output), watcher.kinds, watcher.timer.seconds(), total, statistics)
+    frames = _frames(output) if decode else np.empty((0, settings.height, settings.width, 3), np.uint8)
+    return Generated(frames, watcher.kinds, watcher.timer.seconds(), total, statistics)
 
 
 def _frames(output: Any) -> np.ndarray:

@@ -173,7 +173,7 @@ def _estimate(question: Question, shape: dict[str, Any] | None, steps: dict[str,
     if shape is None:
         return None
     share, total, dense = shape["attention_share"], steps["total"], steps["dense"]
-    asked, least = expected_budget(question.config), shape["least_budget"]
+    asked, least = expected_budget(question.config, question.steps), shape["least_budget"]
     budget = None if asked is None else max(asked, least)
     found = {
         "kind": "Amdahl's law on counts of floating-point operations, as if all were equally fast; not measured",

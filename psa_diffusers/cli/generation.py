@@ -36,6 +36,7 @@ class Job:
     lpips_weights: Path | None
     command: str
     unknown_words: list[str]
+    remark: str | None = None  # on the settings
 
 
 def prepare(
@@ -83,6 +84,7 @@ def prepare(
         lpips_weights=lpips_weights,
         command=command,
         unknown_words=unknown_words,
+        remark=settings.remark_on_calibration(attention[1], resolved),
     )
 
 
@@ -178,6 +180,8 @@ def run(
 def _announce(job: Job, todo: int, processes: Processes, say: Say) -> None:
     if job.unknown_words:
         say(f"The model does not know these words and ignores them: {', '.join(job.unknown_words)}.")
+    if job.remark:
+        say(job.remark)
     if todo < len(job.prompts):
         done = len(job.prompts) - todo
         say(f"{done} of {len(job.prompts)} videos are there already; --overwrite makes them anew.")

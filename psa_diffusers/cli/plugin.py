@@ -7,12 +7,12 @@ from typing import Any
 from ..config import PSAConfig
 
 
-def switch_on(pipe: Any, config: PSAConfig) -> None:
+def switch_on(pipe: Any, config: PSAConfig, calibrate: bool = False) -> None:
     """Enable PSA with fresh statistics."""
     from .. import disable_psa, enable_psa
 
     disable_psa(pipe)
-    enable_psa(pipe, config)
+    enable_psa(pipe, config, calibrate=calibrate)
 
 
 def switch_off(pipe: Any) -> None:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..config import PSAConfig
 from ..demo import Vocabulary
 from .errors import WrongUsageError, as_wrong_usage
@@ -90,8 +92,27 @@ def read_config(preset: str | None, config_file: Path | None, compute_budget: fl
             f"--compute-budget needs rule: budget, but {source} has rule: {config.rule}, whose budget follows from "
             "its own settings. Leave one of the two out."
         )
+    if config.budget_schedule is not None:
+        raise WrongUsageError(
+            f"--compute-budget is one budget for all steps, but {f'preset {preset}' if preset else config_file} has a "
+            "budget_schedule. Leave one of the two out."
+        )
     with as_wrong_usage(ValueError):
         return replace(config, compute_budget=compute_budget)
+
+
+def remark_on_calibration(config_file: Path | None, settings: GenerationSettings) -> str | None:
+    """What to say where settings were calibrated for another size or number of steps than this run's."""
+    values = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file is not None else None
+    made_for = values.get("calibrated") if isinstance(values, dict) else None
+    if not isinstance(made_for, dict):
+        return None
+    names = ("num_frames", "height", "width", "steps")
+    other = [name for name in names if made_for.get(name) not in (None, getattr(settings, name))]
+    if not other:
+        return None
+    given, own = (", ".join(f"{name} {of(name)}" for name in other) for of in (made_for.get, settings.__getattribute__))
+    return f"{config_file} was calibrated for {given}; this run has {own}."
 
 
 def check_words(prompts: list[str], vocabulary: Vocabulary | None) -> list[str]:

@@ -1,7 +1,7 @@
 """What knows diffusers: the attention processor, its schedule, and the ways to install, remove and watch it."""
 
 from .capture import AttentionCall, capture_attention
-from .install import disable_psa, enable_psa, psa_statistics
+from .install import disable_psa, enable_psa, psa_calibration, psa_statistics
 from .level_masks import LevelMask, capture_level_masks
 from .processor import PSAProcessor
 from .statistics import PSAStatistics
@@ -15,5 +15,6 @@ __all__ = [
     "capture_level_masks",
     "disable_psa",
     "enable_psa",
+    "psa_calibration",
     "psa_statistics",
 ]

@@ -19,6 +19,13 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     return [model for model, row in _known_models(pipe_or_model) if not row.dense]
 
 
+def component_names(pipe: Any) -> dict[int, str]:
+    """By ``id`` of each known transformer its name in the pipeline; empty where there is no pipeline."""
+    parts = getattr(pipe, "components", {}).items()
+    found = ((name, known_in(part)) for name, part in parts if isinstance(part, nn.Module))
+    return {id(pair[0]): name for name, pair in found if pair is not None}
+
+
 def no_transformer(pipe_or_model: Any) -> str:
     """What to say of a pipeline or model in which there is nothing to make sparse."""
     dense = [f"{type(model).__name__} stays dense: {row.dense}." for model, row in _known_models(pipe_or_model)]

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..budget_schedule import mean_budget
 from ..config import PSAConfig
 from .example_inputs import EXAMPLES
 from .meta_forward import meta_forward
 from .native import PATCH, set_processor
 from .processor import PSAProcessor
+from .schedule import Step, dense_reason
 
 REPEATS = 3
 
@@ -94,7 +96,7 @@ def forecast(name: str, settings: Mapping[str, Any], latents: tuple[int, int, in
         raise ValueError(f"no forecast for {name}; there is one for {', '.join(EXAMPLES)}.")
     example = EXAMPLES[name]
     model = random_model(name, example.settings(dict(settings)))
-    recorder = _Recorder(model, replace(config, dense_warmup=0.0, dense_last=0.0, refresh_every=1))
+    recorder = _Recorder(model, _one_step(config))
     _install(model, recorder)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), meta_forward(), counter, recorder.step(0, 1):
@@ -147,11 +149,22 @@ def speedup_ceiling(share: float, compute_budget: float, dense_steps: int = 0, s
     return steps / (dense_steps + (steps - dense_steps) * sparse_step)
 
 
-def expected_budget(config: PSAConfig) -> float | None:
-    """The compute budget that a config asks for; None where it follows from the content."""
+def expected_budget(config: PSAConfig, steps: int = 50) -> float | None:
+    """The compute budget that a config asks for, of a schedule the mean over the sparse ones of so many steps; None
+    where it follows from the content."""
+    if config.budget_schedule is not None:
+        sparse = [index / steps for index in range(steps) if dense_reason(Step(index, steps), config) is None]
+        return mean_budget(config.budget_schedule, sparse)
     if config.rule == "topk":
         return sum(share * 2.0**-level for level, share in enumerate(config.level_fractions))
     return config.compute_budget
+
+
+def _one_step(config: PSAConfig) -> PSAConfig:
+    """The settings of a sparse step by itself, at the mean budget of a schedule."""
+    budget = expected_budget(config) or config.compute_budget if config.rule == "budget" else None
+    schedule = dict(compute_budget=budget, budget_schedule=None)
+    return replace(config, **schedule, dense_warmup=0.0, dense_last=0.0, refresh_every=1)
 
 
 @dataclass(frozen=True)
@@ -208,7 +221,7 @@ def measure_layer(
     model = random_model(name, example.settings({**settings, **fewer}), device)
     model = nn.Module.to(model, dtype)  # all of it; a model's own method would remark on that
     inputs = example.inputs(model, latents)
-    config = replace(config, dense_warmup=0.0, dense_last=0.0, dense_layers=(), refresh_every=1)
+    config = replace(_one_step(config), dense_layers=())
     dense, dense_parts = _timed_forward(model, _DenseTimer(model, config), inputs)
     sparse, sparse_parts = _timed_forward(model, PSAProcessor(model, config), inputs)
     return LayerTimes(

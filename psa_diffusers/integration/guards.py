@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..budget_schedule import mean_budget
 from ..config import PSAConfig
 from .schedule import dense_steps
 
@@ -39,6 +40,8 @@ def run_warnings(statistics: PSAStatistics) -> dict[str, int]:
 def early_warning(config: PSAConfig, total: int) -> str | None:
     """What to say as a run of ``total`` steps begins whose config makes some of its first quarter sparse."""
     asked, needed = dense_steps(config.dense_warmup, total), dense_steps(EARLY_SHARE, total)
+    while asked < needed and mean_budget(config.budget_schedule or (), [asked / total]) == 1:
+        asked += 1
     if asked >= needed or total * EARLY_SHARE < 1:  # of very short runs a quarter is not a step
         return None
     return (

@@ -8,6 +8,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import PSAConfig
+from .calibrating import Calibration
 from .discovery import no_transformer, transformers_of, why_dense
 from .native import PATCH, detach, set_processor
 from .processor import PSAProcessor, installed_processors
@@ -16,7 +17,9 @@ from .statistics import PSAStatistics
 logger = logging.get_logger(__name__)
 
 
-def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = None) -> Any:
+def enable_psa(
+    pipe: Any, config: PSAConfig | None = None, preset: str | None = None, *, calibrate: bool = False
+) -> Any:
     """Run the video self-attention of every transformer of a pipeline by Pyramid Sparse Attention.
 
     Enabling again replaces the settings. A transformer that is not known here, or has nothing to make
@@ -26,6 +29,8 @@ def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = 
         pipe: A diffusers video pipeline (or a transformer; see :class:`PSAProcessor` for what that needs).
         config: Settings; default ``PSAConfig()``.
         preset: Name of a preset instead (``PSAConfig.presets()`` lists them).
+        calibrate: Measure the layers' errors in the last dense step of each run, and spend the compute budget where
+            they tell, from layer to layer and from step to step; :func:`psa_calibration` has what came of it.
 
     Returns:
         The same pipeline.
@@ -40,7 +45,7 @@ def enable_psa(pipe: Any, config: PSAConfig | None = None, preset: str | None = 
     models = transformers_of(pipe)
     _report_unknown(pipe, models)
     if models:
-        processor = PSAProcessor(pipe, config)
+        processor = PSAProcessor(pipe, config, calibrate=calibrate)
         for model in models:
             for module, slot in getattr(model, PATCH).attention:
                 set_processor(module, processor if slot.self_attention else slot.native)
@@ -69,6 +74,21 @@ def psa_statistics(pipe: Any) -> PSAStatistics:
     if not processors:
         raise ValueError(f"psa_statistics: PSA is not enabled on this {type(pipe).__name__}; call enable_psa(pipe).")
     return processors[0].statistics
+
+
+def psa_calibration(pipe: Any) -> Calibration:
+    """What the last run of ``enable_psa(pipe, calibrate=True)`` measured, and the budgets that came of it.
+
+    Raises:
+        ValueError: PSA is not enabled on this pipeline, or without ``calibrate=True``.
+    """
+    found = [processor.calibration for processor in installed_processors(transformers_of(pipe))]
+    if not found or found[0] is None:
+        raise ValueError(
+            f"psa_calibration: PSA is not calibrating on this {type(pipe).__name__}; call enable_psa(pipe, "
+            "calibrate=True), and run it."
+        )
+    return found[0]
 
 
 def _report_unknown(pipe: Any, models: list[nn.Module]) -> None:

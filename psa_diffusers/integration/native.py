@@ -39,7 +39,7 @@ class SparseProcessor:
 
 @dataclass(eq=False)
 class AttentionSlot:
-    """An attention module's native processor, what the model's row says of the two, and whether it now runs sparse.
+    """An attention module's native processor, what the model's row says of the two, and whether it runs sparse now.
 
     A compiled block reads ``sparse`` and ``native`` alone; the rest differs between layers, and would compile it anew
     for each. ``position`` (0-d int64) is among the tensors of a block, which may differ.
@@ -51,15 +51,15 @@ class AttentionSlot:
     self_attention: bool
     known: bool  # the native is one that may be rerouted
     position: torch.Tensor  # in ModelPatch.attention
-    sparse: bool = False
+    sparse: bool = False  # or watched
     dense_reason: str = OUTSIDE
     in_use: bool = False  # a sparse processor is to be on the module
     calls: int = 0  # sparse ones in this forward
 
-    def decide(self, dense_reason: str | None) -> None:
-        """Run sparse, or dense for this reason, from now on."""
+    def decide(self, dense_reason: str | None, watched: bool = False) -> None:
+        """Run sparse, or dense for this reason, from now on; dense ones that are watched take the sparse way to it."""
         self.in_use, self.calls = True, 0
-        self.sparse, self.dense_reason = dense_reason is None, dense_reason or ""
+        self.sparse, self.dense_reason = dense_reason is None or watched, dense_reason or ""
 
 
 @dataclass(eq=False)
@@ -72,6 +72,7 @@ class ModelPatch:
     handles: list[Any] = field(default_factory=list)
     context: CallContext | None = None
     parents: dict[str, nn.Module] = field(default_factory=dict)  # all modules around attention, by name and a dot
+    expert: str = "transformer"  # the model's name in its pipeline
 
     def compiled(self) -> tuple[str, ...]:
         """Name prefixes of the blocks that were compiled (``compile_repeated_blocks``)."""

@@ -18,6 +18,12 @@ except ImportError:  # experimental in diffusers, and not there under this name:
     exchange = None
 
 
+NO_CALIBRATION = (
+    "calibrate=True does not run under context parallel, where no process sees all of a layer's heads. Calibrate on "
+    "one GPU, save its settings (psa-tune does), and use these here."
+)
+
+
 class OtherTokensError(ValueError):
     """The full sequence has other tokens than the grid's. All processes find that out at the same place."""
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations, parallel
+from .budgets import RunBudgets, name_experts
 from .caches import cache_config, extrapolation_note
+from .calibrating import Calibration, step_weights
 from .compiled import intercepted, register_processor
 from .discovery import no_transformer, transformers_of
 from .guards import early_warning
@@ -46,6 +48,8 @@ class ForwardCall:
     slots: tuple[AttentionSlot, ...]
     calls: int = 1  # of the attention function by each attention module
     in_order: bool = True  # context parallel leaves the tokens in their order
+    expert: str = "transformer"  # the transformer's name in its pipeline
+    measuring: bool = False  # for a calibration
 
 
 class PSAProcessor(SparseProcessor):
@@ -66,18 +70,21 @@ class PSAProcessor(SparseProcessor):
         pipe_or_model: The pipeline; or a transformer, where the pipeline does not tell the step otherwise: then wrap
             each denoising step in ``with processor.step(index, total)``.
         config: Settings; default ``PSAConfig()``.
+        calibrate: Measure the layers' errors in the last dense step, and spend the compute budget in each run where
+            they tell (:mod:`~psa_diffusers.integration.calibrating`). Not under context parallel.
 
     Raises:
         ValueError: no transformer of the pipeline can be sparse (the message says why, or lists those that can).
         TypeError: an argument is of another type.
     """
 
-    def __init__(self, pipe_or_model: Any = None, config: PSAConfig | None = None) -> None:
+    def __init__(self, pipe_or_model: Any = None, config: PSAConfig | None = None, *, calibrate: bool = False) -> None:
         if isinstance(pipe_or_model, PSAConfig) and config is None:
             pipe_or_model, config = None, pipe_or_model  # says what is missing when it is called
         if config is not None and not isinstance(config, PSAConfig):
             raise TypeError(f"PSAProcessor: config must be a PSAConfig, but is a {type(config).__name__}.")
         self.config = config or PSAConfig()
+        self.calibration = Calibration(self.config) if calibrate else None
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []
         if pipe_or_model is not None and not models:
             raise ValueError(f"PSAProcessor: {no_transformer(pipe_or_model)}")
@@ -86,12 +93,14 @@ class PSAProcessor(SparseProcessor):
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
         self._begin(siblings[0] if siblings else None)
         self._slots = [slot for model in models for _, slot in attach(model).attention]
+        name_experts(self._pipe(), models, self.config.budget_schedule or ())
         self._build_routes()
 
     def _begin(self, sibling: PSAProcessor | None = None) -> None:
         """Start without a run. Processors of one pipeline share its clock and statistics."""
         self.statistics = sibling.statistics if sibling else PSAStatistics()
         self._clock = sibling._clock if sibling else StepClock()
+        self._budgets = RunBudgets(self.config)
         self._explicit: Step | None = None
         self._call = ForwardCall(None, None, 0, ())
         self._slot: AttentionSlot | None = None  # the attention module that is being called
@@ -171,10 +180,11 @@ class PSAProcessor(SparseProcessor):
             self._plans.clear()
         if step is not None:
             self._begin_step(model, step, new_run)
+        measuring = step is not None and self._begin_calibration(patch, step, new_run)
         layout, reason = None, dense_reason(step, self.config)
         if reason == STEP_UNKNOWN:
             self._warn_of_unknown_step()
-        if reason is None or self._context_of(patch) is not None:
+        if reason is None or measuring or self._context_of(patch) is not None:
             layout = patch.row.layout(model, arguments)
             if isinstance(layout, str):
                 layout, reason = None, reason or layout
@@ -183,10 +193,23 @@ class PSAProcessor(SparseProcessor):
         calls = len(arguments["hidden_states"]) if patch.row.one_sample_a_call else 1
         # Where video and text are split one by one, a process holds a part of both: their order is another one.
         in_order = patch.row.one_sequence or not (layout and layout.has_others)
-        self._call = ForwardCall(step, layout, branch, tuple(slot for _, slot in patch.attention), calls, in_order)
+        own = tuple(slot for _, slot in patch.attention)
+        measuring = measuring and layout is not None
+        self._call = ForwardCall(step, layout, branch, own, calls, in_order, patch.expert, measuring)
         for slot in slots:
-            slot.decide(reason or self._dense_reason_of_layer(slot))
+            of_layer = self._dense_reason_of_layer(slot)
+            slot.decide(reason or of_layer, watched=measuring and of_layer is None)
         self._count_compiled(patch, slots)
+
+    def _begin_calibration(self, patch: ModelPatch, step: Step, new_run: bool) -> bool:
+        """Whether this forward's calls are to be measured."""
+        if self.calibration is None:
+            return False
+        if self._context_of(patch) is not None:
+            raise ValueError(parallel.NO_CALIBRATION)
+        self.statistics.calibration = self.calibration
+        weights = step_weights(getattr(self._pipe(), "scheduler", None), step.total)
+        return self.calibration.begin_step(step, patch, weights, self._budgets, new_run)
 
     def _context_of(self, patch: ModelPatch) -> Any | None:
         """The context-parallel settings of this transformer's self-attention, if it has some."""
@@ -220,7 +243,9 @@ class PSAProcessor(SparseProcessor):
     def _dense_reason_of_layer(self, slot: AttentionSlot) -> str | None:
         if slot.layer in self.config.dense_layers:
             return "dense layer"
-        return None if type(slot.native) in self._routes else "unknown attention processor"
+        if type(slot.native) not in self._routes:
+            return "unknown attention processor"
+        return self._budgets.dense_reason(self._call.step, slot.layer, self._call.expert)
 
     def _count_compiled(self, patch: ModelPatch, slots: list[AttentionSlot]) -> None:
         """Dense calls inside compiled blocks, which cannot count: every one of their layers will be called."""
@@ -267,6 +292,9 @@ class PSAProcessor(SparseProcessor):
                 return dense(query, key, value, **options)
             place, share = self._slot.position, shared is not None
             return torch.ops.psa_diffusers.self_attention(query, key, value, place, self._id, scale, padded, share)
+        if reason is None and self._slot.dense_reason:
+            self._measure((query, key, value), self._slot, scale, padded)
+            reason = self._slot.dense_reason
         if reason is None:
             try:
                 return self._attend(query, key, value, self._slot, scale, padded, shared)
@@ -303,18 +331,25 @@ class PSAProcessor(SparseProcessor):
         group: Any = None,
     ) -> Tensor:
         """Plan, compute and count; full sequences, and all heads but those that other processes of the group hold."""
-        statistics, config = self.statistics, self.config
-        if self._call.layout.of_length(key.shape[1]) is None:
-            raise parallel.OtherTokensError(key.shape[1], self._call.layout.length)
+        statistics, call = self.statistics, self._call
+        config = self._budgets.config(call.step, slot.layer, call.expert)
+        if call.layout.of_length(key.shape[1]) is None:
+            raise parallel.OtherTokensError(key.shape[1], call.layout.length)
+        if call.measuring:
+            self._measure((query, key, value), slot, scale, padded)
         with statistics.timed("planning", query.device):
-            plan = self._plan(query, key, value, slot, scale, padded, group)
+            plan = self._plan(query, key, value, config, slot, scale, padded, group)
         slot.calls += 1
         if statistics.backend is None:
             statistics.backend, statistics.backend_reason = operations.choose_backend(config.backend, query, plan)
         with statistics.timed("attention", query.device, after="planning"):
             output = operations.attend(query, key, value, config, plan, scale)
-        statistics.count_sparse(plan, group, layer=slot.layer, branch=self._call.branch)
+        statistics.count_sparse(plan, group, layer=slot.layer, branch=call.branch)
         return output
+
+    def _measure(self, inputs: Sequence[Tensor], slot: AttentionSlot, scale: float | None, padded: bool) -> None:
+        where = self._where(inputs[0].shape[1], padded)
+        self.calibration.measure(inputs, scale, where, self._call.expert, slot.layer, self.statistics)
 
     def attend_at(
         self,
@@ -355,29 +390,32 @@ class PSAProcessor(SparseProcessor):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        config: PSAConfig,
         slot: AttentionSlot,
         scale: float | None,
         padded: bool,
         group: Any = None,
     ) -> Plan:
         """A new plan, or the one of an earlier step while ``refresh_every`` allows."""
-        call, config, layout = self._call, self.config, self._call.layout.of_length(query.shape[1])
+        call, layout = self._call, self._call.layout.of_length(query.shape[1])
         owner, facts = (slot, call.branch, slot.calls), (query.shape, key.shape, query.device, padded)
         made, made_for, made_in, plan = self._plans.pop(owner, (-1, None, layout, None))
         kept = made_for == facts and layout.same_as(made_in)
         if not kept or not 0 < call.step.index - made < config.refresh_every:
             made = call.step.index
-            where = {
-                "grid": layout.grid,
-                "full_tokens": layout.full_tokens(query.shape[1]),
-                "key_lengths": layout.key_lengths if padded else None,
-            }
+            where = self._where(query.shape[1], padded)
             if group is not None:
                 where["heads_group"] = group
             plan = operations.build_plan(query, key, value, config, scale=scale, **where)
         if call.step.index + 1 < self._plan_ends(made, call.step):
             self._plans[owner] = (made, facts, layout, plan)
         return plan
+
+    def _where(self, length: int, padded: bool) -> dict[str, Any]:
+        """What planning must know of the tokens."""
+        layout = self._call.layout.of_length(length)
+        lengths = layout.key_lengths if padded else None
+        return {"grid": layout.grid, "full_tokens": layout.full_tokens(length), "key_lengths": lengths}
 
     def _plan_ends(self, made: int, step: Step) -> int:
         """The first step that may no longer use a plan made in step ``made``."""
@@ -386,11 +424,11 @@ class PSAProcessor(SparseProcessor):
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "_slots": self._slots}
+        return {"config": self.config, "_slots": self._slots, "_calibrate": self.calibration is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._pipe = _no_pipe
+        self.config, self._slots, self._pipe = state["config"], state["_slots"], _no_pipe
+        self.calibration = Calibration(self.config) if state["_calibrate"] else None
         self._begin()
         self._build_routes()
 

@@ -59,6 +59,8 @@ class PSAStatistics:
         backend, backend_reason: What computed the sparse calls, and why that one. None before the first.
         planner, planner_reason: What made the first plan, and why that one.
         notes: What had to be reported, each once.
+        calibration: With ``calibrate=True`` the :class:`~psa_diffusers.integration.calibrating.Calibration`; else
+            None.
         calls: A :class:`~psa_diffusers.integration.statistics.SparseCall` for each sparse call; ``psa_report`` reads
             them.
         dense: Calls that ran dense, by (step, layer, reason); step and layer are None where they are not known.
@@ -78,11 +80,12 @@ class PSAStatistics:
         self.planner: str | None = None
         self.planner_reason: str | None = None
         self.notes: list[str] = []
-        self._budget_sum = 0.0  # of the calls whose costs were read
+        self._read: list[tuple[SparseCall, float]] = []  # calls with their costs
         self._unread: list[tuple[SparseCall, torch.Tensor | None]] = []
-        self._seconds = {"planning": 0.0, "attention": 0.0}
+        self._seconds = {"planning": 0.0, "attention": 0.0, "calibration": 0.0}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._last: dict[str, Duration] = {"planning": 0.0, "attention": 0.0}
+        self._last: dict[str, Duration] = dict.fromkeys(self._seconds, 0.0)
+        self.calibration: Any = None
 
     # -- counting -------------------------------------------------------------------------------------------------
 
@@ -171,14 +174,23 @@ class PSAStatistics:
         calls = self.sparse_calls + self.dense_calls
         return (self._read_costs() + self.dense_calls) / calls if calls else None
 
+    @property
+    def compute_budget_by_step(self) -> list[tuple[int, float]]:
+        """(step, mean achieved compute budget of its sparse calls) of each step that had some."""
+        self._read_costs()
+        costs: dict[int, list[float]] = {}
+        for call, cost in self._read:
+            costs.setdefault(call.step, []).append(cost)
+        return [(step, sum(own) / len(own)) for step, own in costs.items()]
+
     def _read_costs(self) -> float:
         """The sum of the sparse calls' mean costs."""
         unread, self._unread = self._unread, []
         counts = read_together([call.counts for call, _ in unread])
         for (call, shared), own in zip(unread, counts, strict=True):
             cost = mean_cost(own, call.num_levels, call.kv_block_size) if shared is None else shared
-            self._budget_sum += float(cost)
-        return self._budget_sum
+            self._read.append((call, float(cost)))
+        return sum(cost for _, cost in self._read)
 
     def level_counts(self) -> list[torch.Tensor]:
         """Of each sparse call how many block pairs it read at each level, int64 [levels, batch, heads] on the CPU."""
@@ -193,6 +205,11 @@ class PSAStatistics:
     def attention_seconds(self) -> float:
         """Time spent in sparse attention, planning not included. Dense calls are not timed."""
         return self._resolve("attention")
+
+    @property
+    def calibration_seconds(self) -> float:
+        """Time spent measuring for a calibration."""
+        return self._resolve("calibration")
 
     def _resolve(self, part: str) -> float:
         for name, start, end in self._events:
@@ -218,6 +235,9 @@ class PSAStatistics:
             *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
         )
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values["compute_budget_by_step"] = [list(pair) for pair in self.compute_budget_by_step]
+        values["calibration_seconds"] = self.calibration_seconds
+        values["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         values["steps"] = [list(step) for step in self.steps]
         values["notes"] = list(self.notes)
         values["warnings"] = self.warnings

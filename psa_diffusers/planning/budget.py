@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .sharing import gather_ranks
+from .target import room_for_error
 
 # The leading 16 bits of a non-negative float32, 8 of exponent and 7 of mantissa, are a log-spaced bin, 128 an octave.
 _BIN_SHIFT = 16
@@ -80,7 +81,12 @@ def step_prices(errors: Tensor, kv_block_size: int, cap: Tensor | None = None) -
 
 
 def spend(
-    prices: Tensor, compute_budget: float, kv_block_size: int, limits: Limits, heads_group: Any | None = None
+    prices: Tensor,
+    compute_budget: float | None,
+    kv_block_size: int,
+    limits: Limits,
+    heads_group: Any | None = None,
+    target_error: float | None = None,
 ) -> Tensor:
     """Take steps, dearest lambda first, while the budget lasts.
 
@@ -90,6 +96,7 @@ def spend(
             one centroid a pair and the full pairs already exceed it: then no step is taken.
         heads_group: the process group whose processes each hold some of the layer's heads, lower ranks the earlier
             ones: they share one lambda. None = all heads are here.
+        target_error: Instead of the budget (then None): spend what the estimated error needs (:mod:`.target`).
 
     Returns:
         int8 [batch, heads, query_blocks, kv_blocks].
@@ -101,7 +108,12 @@ def spend(
     if heads_group is not None:
         every, rank = gather_ranks(torch.cat([spent, pairs], dim=1), heads_group)
         by_rank, pairs = every[:, :, :_BINS], every[:, :, _BINS:].sum(0)
-    last_bin, left = _last_bin(by_rank.sum(0), _room(pairs, compute_budget, kv_block_size))
+    total = by_rank.sum(0)
+    if target_error is None:
+        room = _room(pairs, compute_budget, kv_block_size)
+    else:
+        room = room_for_error(total, _bin_prices(total.device), _free_rows(pairs, limits, prices), target_error)
+    last_bin, left = _last_bin(total, room)
     if rank > 0:  # the last bin is filled in index order, and the heads of lower ranks come first
         left = left - by_rank[:rank].sum(0).gather(1, last_bin[:, None])[:, 0]
     shape = (batch, 1, 1, 1)
@@ -164,6 +176,23 @@ def _room(pairs: Tensor, compute_budget: float, kv_block_size: int) -> Tensor:
     # In whole numbers throughout; the budget is rounded to 2**-20 of a pair's centroid.
     allowed = (pairs * round(compute_budget * kv_block_size * 2**20)) >> 20
     return allowed - full * kv_block_size - (pairs - full)
+
+
+def _bin_prices(device: torch.device) -> Tensor:
+    """float64 [bins]: the price in the middle of each bin; of those beyond any number, the largest number."""
+    middle = torch.arange(_BINS, dtype=torch.int32, device=device) * 2**_BIN_SHIFT + 2 ** (_BIN_SHIFT - 1)
+    prices = middle.view(torch.float32).nan_to_num(_FORBIDDEN, posinf=_FORBIDDEN).clamp(max=_FORBIDDEN).double()
+    prices[0] = 0.0
+    return prices
+
+
+def _free_rows(pairs: Tensor, limits: Limits, prices: Tensor) -> Tensor:
+    """int64 [batch]: rows of blocks, of all heads (also of other processes), that are not level 1 whatever happens."""
+    query_blocks, kv_blocks = prices.shape[3:]
+    counted = kv_blocks if limits.counted is None else limits.counted.sum(1).clamp(min=1)
+    rows = pairs[:, 0] // counted
+    full = 0 if limits.full is None else limits.full.all(1).sum()
+    return rows * (query_blocks - full) // query_blocks
 
 
 def _spent_by_bin(prices: Tensor, costs: list[Tensor]) -> Tensor:

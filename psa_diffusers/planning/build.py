@@ -23,8 +23,10 @@ from .importance import (
 from .levels import cap_levels, threshold_levels, topk_levels
 from .plan import Plan
 from .sampling import Samples, draw_samples
+from .sharing import mean_over_heads
 from .similarity import similarity_cap
 from .spread import Spread, measure_spread
+from .target import ROUNDS, ROWS, corrected_target
 from .validation import (
     check_full_tokens,
     check_grid,
@@ -33,7 +35,7 @@ from .validation import (
     check_scale,
     check_tensors,
 )
-from .value_gain import measure_value_gain
+from .value_gain import measure_row_errors, measure_value_gain
 
 
 @torch.no_grad()
@@ -140,7 +142,7 @@ def _value_gain(
 
 def _notes(config: PSAConfig, layout: Layout, shape: torch.Size) -> tuple[str, ...]:
     """What to report; from sizes alone, so that a GPU is not waited for (padding is not looked at)."""
-    if config.rule != "budget" or layout.full_pairs == 0:
+    if config.compute_budget is None or layout.full_pairs == 0:
         return ()
     pairs = shape[2] * shape[3]
     least = (layout.full_pairs + (pairs - layout.full_pairs) / config.kv_block_size) / pairs
@@ -243,7 +245,30 @@ class _Planner:
             prices.append(step_prices(errors, config.kv_block_size, None if cap is None else cap[:, heads]))
         prices = torch.cat(prices, dim=2)
         limits = Limits(cap, self.counted, self._full_pairs())
-        return spend(prices, config.compute_budget, config.kv_block_size, limits, self.heads_group)
+        where = (config.kv_block_size, limits, self.heads_group)
+        levels = spend(prices, config.compute_budget, *where, target_error=config.target_error)
+        return levels if config.target_error is None else self._to_target(prices, levels, where)
+
+    def _to_target(self, prices: Tensor, levels: Tensor, where: tuple) -> Tensor:
+        """Levels that come nearer to the target error than these, by what they err on some rows."""
+        config, wanted = self.config, self.config.target_error
+        for _ in range(ROUNDS):
+            errors = measure_row_errors(
+                *(self.query, self.key, self.value, levels, self.layout.order, self.real),
+                value_correction=config.value_correction,
+                query_block_size=config.query_block_size,
+                kv_block_size=config.kv_block_size,
+                num_levels=config.num_levels,
+                scale=self.scale,
+                seed=config.seed,
+                count=ROWS,
+            )
+            mean = errors.mean(1)
+            if self.heads_group is not None:
+                mean = mean_over_heads(mean, errors.shape[1], self.heads_group)
+            wanted = corrected_target(config.target_error, wanted, mean)
+            levels = spend(prices, None, *where, target_error=wanted)
+        return levels
 
     def _query_samples(self, turn: int = 0) -> Samples:
         config = self.config

@@ -30,7 +30,8 @@ def choose_planner(
 
 def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str | None:
     """Why the planning kernels cannot be used, as a clause for a message; None if they can."""
-    wanted = {"rule": "budget", "importance": "sampled", "importance_reduction": "sum", "similarity_thresholds": None}
+    wanted = {"rule": "budget", "importance": "sampled", "importance_reduction": "sum"}
+    wanted |= dict.fromkeys(("similarity_thresholds", "target_error"))
     for name, value in wanted.items():
         if getattr(config, name) != value:
             return f"they plan with {name}={value!r} alone, but it is {getattr(config, name)!r}"

@@ -7,12 +7,14 @@ queries of every head are computed in full and by the plan, and the gain is what
 
 Nothing is pooled for it. The logit of a pooled key is the mean of its group's logits, since it is linear in the key;
 and ``C q`` is the mean over tokens of ``value x (logit - mean logit of its group)``. So one product with the keys and
-one with the values make all of it: for ROWS queries, (num_levels + 2) x ROWS / 2 / tokens of dense attention's work.
+one with the values make all of it: for ROWS queries, (num_levels + 3) x ROWS / 2 / tokens of dense attention's work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,36 +45,68 @@ def measure_value_gain(
         order: int64 [seq], the token at each position of the block order; None = raster.
         real: bool [batch, kv_blocks, kv_block_size] where keys are padded, else None.
     """
+    parts = rows_by_plan(
+        *(query, key, value, levels, order, real, seed, ROWS),
+        query_block_size=query_block_size,
+        kv_block_size=kv_block_size,
+        num_levels=num_levels,
+        scale=scale,
+    )
+    return torch.cat([_gain(rows).view(len(query), -1) for rows in parts], 1)
+
+
+class Rows(NamedTuple):
+    """Some rows of some heads, [batch * heads, rows, head_dim] each: the dense output, what the plan's lacks of it, and
+    the value correction."""
+
+    dense: Tensor
+    lost: Tensor
+    correction: Tensor
+
+
+def rows_by_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    levels: Tensor,
+    order: Tensor | None,
+    real: Tensor | None,
+    seed: int,
+    count: int,
+    *,
+    query_block_size: int,
+    kv_block_size: int,
+    num_levels: int,
+    scale: float,
+) -> Iterator[Rows]:
+    """``count`` rows, computed in full and by the plan, a few heads at a time in their order; arguments as above."""
     batch, heads, _, kv_blocks = levels.shape
-    positions = _rows_on(query.shape[1], seed, str(query.device))
+    positions = _rows_on(query.shape[1], seed, str(query.device), count)
     rows, block = positions if order is None else order[positions], positions // query_block_size
     queries = query.index_select(1, rows).float() * scale
     inside = _in_blocks(key.shape[1], kv_blocks, kv_block_size, key.device) if real is None else real
     # Some heads at a time: their logits, and what is made of them, are a few times rows x tokens in float32.
     limit = 2**18 if query.device.type == "cpu" else 2**25
     step = max(1, limit // (batch * len(rows) * key.shape[1]))
-    gains = []
     for part in torch.arange(heads).split(step):
         some = slice(int(part[0]), int(part[-1]) + 1)
         keys, values = (_blocks(_heads_first(x[:, :, some]), order, inside, len(part)) for x in (key, value))
         logits = torch.bmm(_heads_first(queries[:, :, some]), keys.flatten(1, 2).mT).unflatten(2, keys.shape[1:3])
         some_levels = levels[:, some].index_select(2, block).flatten(0, 1)
-        fitted = _fit(logits, values, _of_heads(inside, len(part)), some_levels, num_levels)
-        gains.append(fitted.view(batch, len(part)))
-    return torch.cat(gains, 1)
+        yield _both_ways(logits, values, _of_heads(inside, len(part)), some_levels, num_levels)
 
 
-def sampled_rows(length: int, seed: int) -> Tensor:
-    """int64 [rows] on the CPU: positions, one in each of as many equal parts of the sequence."""
-    rows = min(ROWS, length)
+def sampled_rows(length: int, seed: int, count: int | None = None) -> Tensor:
+    """int64 [rows] on the CPU: positions, one in each of as many equal parts of the sequence; ROWS of them."""
+    rows = min(ROWS if count is None else count, length)
     jitter = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ((torch.arange(rows) + jitter) * (length / rows)).long().clamp(max=length - 1)
 
 
 @lru_cache(maxsize=64)
-def _rows_on(length: int, seed: int, device: str) -> Tensor:
+def _rows_on(length: int, seed: int, device: str, count: int) -> Tensor:
     """The same on the device, copied there once."""
-    return sampled_rows(length, seed).to(device)
+    return sampled_rows(length, seed, count).to(device)
 
 
 def _heads_first(tokens: Tensor) -> Tensor:
@@ -85,8 +119,15 @@ def _of_heads(inside: Tensor, heads: int) -> Tensor:
     return inside if len(inside) == 1 else inside.repeat_interleave(heads, 0)
 
 
-def _fit(logits: Tensor, values: Tensor, inside: Tensor, levels: Tensor, num_levels: int) -> Tensor:
-    """Gain [batch] of a head: logits [batch, rows, blocks, block size], values [batch, blocks, block size, head_dim],
+def _gain(rows: Rows) -> Tensor:
+    """[batch * heads]: how much of the correction fits best."""
+    power = rows.correction.square().sum((1, 2))
+    fitted = (rows.lost * rows.correction).sum((1, 2)) / power
+    return torch.where(power > 0, fitted, 0.0).clamp_(0.0, GAIN_LIMIT)
+
+
+def _both_ways(logits: Tensor, values: Tensor, inside: Tensor, levels: Tensor, num_levels: int) -> Rows:
+    """Of a head: logits [batch, rows, blocks, block size], values [batch, blocks, block size, head_dim],
     inside bool [batch or 1, blocks, block size], levels int8 [batch, rows, blocks]."""
     inside = inside[:, None]
     logits = torch.where(inside, logits, 0.0)
@@ -99,16 +140,13 @@ def _fit(logits: Tensor, values: Tensor, inside: Tensor, levels: Tensor, num_lev
         torch.softmax(x.masked_fill(~inside, -torch.inf).flatten(2), -1).view_as(x) for x in (logits, coarse)
     )
     tokens = inside.sum((2, 3), keepdim=True).clamp(min=1)
-    flat = torch.stack([dense - sparse, *(gap * inside / tokens for gap in gaps)]).flatten(3)
-    error, *shifts = torch.einsum("xbrn,bnd->xbrd", flat, values.flatten(1, 2))  # [batch, rows, head_dim] each
+    flat = torch.stack([dense, dense - sparse, *(gap * inside / tokens for gap in gaps)]).flatten(3)
+    exact, error, *shifts = torch.einsum("xbrn,bnd->xbrd", flat, values.flatten(1, 2))  # [batch, rows, head_dim] each
     mass, whole = sparse.sum(3), shifts[-1]
     lost = sum(
         (mass * (levels == level)).sum(2) * _share(shift, whole)[:, None] for level, shift in enumerate(shifts, start=2)
     )
-    correction = lost[..., None] * whole
-    power = correction.square().sum((1, 2))
-    fitted = (error * correction).sum((1, 2)) / power
-    return torch.where(power > 0, fitted, 0.0).clamp_(0.0, GAIN_LIMIT)
+    return Rows(exact, error, lost[..., None] * whole)
 
 
 def _share(shift: Tensor, whole: Tensor) -> Tensor:
@@ -134,3 +172,30 @@ def _blocks(tokens: Tensor, order: Tensor | None, inside: Tensor, heads: int) ->
     missing = inside.shape[1] * inside.shape[2] - rows.shape[1]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(1, inside.shape[1:])
     return torch.where(_of_heads(inside, heads)[..., None], rows, 0.0)
+
+
+def measure_row_errors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    levels: Tensor,
+    order: Tensor | None,
+    real: Tensor | None,
+    *,
+    value_correction: str,
+    seed: int,
+    count: int,
+    **sizes: float,
+) -> Tensor:
+    """Relative squared error [batch, heads] of the plan's output, on ``count`` rows; arguments as above.
+
+    With ``logit_correction="variance"`` the error is a little less than this, which does without.
+    """
+    found = []
+    for rows in rows_by_plan(query, key, value, levels, order, real, seed, count, **sizes):
+        share = {"none": 0.0, "covariance": 1.0}.get(value_correction)
+        gain = _gain(rows)[:, None, None] if share is None else share
+        lost = (rows.lost - gain * rows.correction).square().sum((1, 2))
+        power = rows.dense.square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+        found.append((lost / power).view(len(query), -1))
+    return torch.cat(found, 1)

@@ -36,7 +36,15 @@ def scaled_config(method: str, factor: float, base: PSAConfig) -> PSAConfig:
     if method not in SCALED:
         raise ValueError(f"scaled_config: method must be one of {', '.join(SCALED)}, but is {method!r}.")
     rule, setting, values = SCALED[method]
-    cleared = dict.fromkeys(("compute_budget", "value_correction", "level_thresholds", "level_fractions"))
+    of_other_rules = (
+        "compute_budget",
+        "target_error",
+        "budget_schedule",
+        "value_correction",
+        "level_thresholds",
+        "level_fractions",
+    )
+    cleared = dict.fromkeys(of_other_rules)
     scaled = tuple(min(1.0, value * factor) for value in values)
     return replace(base, rule=rule, **{**cleared, setting: scaled})
 

@@ -15,13 +15,13 @@ MEANS = (*MEASURES, "compute_budget_sparse", "compute_budget_all", "seconds", "s
 
 def clip_row(clip: str, setting: str, record: dict[str, Any]) -> dict[str, Any]:
     """A row of ``clips.csv`` from the record of a sparse video."""
-    dense = record["dense_run"]
+    dense, config = record["dense_run"], record["config"]
     return {
         "clip": clip,
         "prompt": record["prompt"],
         "seed": record["seed"],
         "setting": setting,
-        "compute_budget_asked": record["config"]["compute_budget"],
+        "compute_budget_asked": None if config.get("budget_schedule") else config["compute_budget"],
         "compute_budget_sparse": record["compute_budget_sparse_calls"],
         "compute_budget_all": record["compute_budget_all_calls"],
         **{name: record[name] for name in MEASURES},

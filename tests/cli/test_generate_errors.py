@@ -93,6 +93,13 @@ def test_a_budget_with_a_rule_that_has_none(refused):
     assert "preset psa-3 has rule: topk" in refused(*PROMPT, "--preset", "psa-3", "--compute-budget", "0.2")
 
 
+def test_a_budget_with_a_schedule(refused, tmp_path):
+    file = tmp_path / "scheduled.yaml"
+    PSAConfig(budget_schedule=[(0.25, 0.3), (1.0, 0.1)]).save(file)
+    message = refused(*PROMPT, "--config", file, "--compute-budget", "0.2")
+    assert f"one budget for all steps, but {file} has a budget_schedule" in message
+
+
 def test_an_unknown_preset_lists_the_known(refused):
     message = refused(*PROMPT, "--preset", "psa-9")
     assert "psa-9" in message and all(name in message for name in PSAConfig.presets())

@@ -45,7 +45,15 @@ def test_to_dict_is_json_and_complete(recorder):
     assert set(values) == {
         *("sparse_calls", "dense_calls", "dense_reasons", "steps", "notes", "warnings"),
         *("backend", "backend_reason", "planner", "planner_reason"),
-        *("compute_budget_sparse", "compute_budget_all", "planning_seconds", "attention_seconds"),
+        *(
+            "compute_budget_sparse",
+            "compute_budget_all",
+            "compute_budget_by_step",
+            "planning_seconds",
+            "calibration",
+            "calibration_seconds",
+            "attention_seconds",
+        ),
     }
 
 

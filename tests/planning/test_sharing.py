@@ -77,6 +77,34 @@ def test_shares_together_are_the_plan_of_one_process(seed, heads, compute_budget
     assert torch.equal(torch.cat(ranks.run(share), dim=1), whole)
 
 
+@pytest.mark.parametrize("target_error", [0.05, 0.5, torch.tensor([0.1, 0.8])])
+@pytest.mark.parametrize("heads", [[2, 2], [1, 3, 2]])
+def test_shares_meet_a_target_error_together(heads, target_error):
+    prices = random_prices(2, sum(heads), 3, 7, 30, None, torch.Generator().manual_seed(0))
+    full = torch.zeros(3, 7, dtype=torch.bool)
+    full[2] = True
+    whole = spend(prices, None, BLOCK, Limits(full=full), target_error=target_error)
+    assert 1 < whole.double().mean() < 4
+    ranks, ends = Ranks(len(heads)), torch.tensor(heads).cumsum(0).tolist()
+
+    def share(rank):
+        own = prices[:, :, ends[rank] - heads[rank] : ends[rank]]
+        return spend(own, None, BLOCK, Limits(full=full), ranks, target_error=target_error)
+
+    assert torch.equal(torch.cat(ranks.run(share), dim=1), whole)
+
+
+@pytest.mark.parametrize("target_error", [0.2, 0.5])
+def test_rows_that_are_full_anyway_have_no_say_in_a_target_error(target_error):
+    prices = random_prices(1, 2, 3, 7, 30, None, torch.Generator().manual_seed(0))
+    full = torch.zeros(3, 7, dtype=torch.bool)
+    full[2] = True
+    levels = spend(prices, None, BLOCK, Limits(full=full), target_error=target_error)
+    alone = spend(prices[:, :, :, :2], None, BLOCK, Limits(), target_error=target_error)
+    assert torch.equal(levels[:, :, :2], alone) and (levels[:, :, 2] == 1).all()
+    assert 1 < alone.double().mean() < 4
+
+
 def test_the_last_bin_is_filled_from_the_lowest_rank():
     """All pairs are worth the same: the budget lasts for the first head, and half of the second."""
     prices = torch.full((1, 1, 4, 2, 4), 20_000, dtype=torch.int16)  # one step, from the centroid to level 1
