@@ -52,7 +52,7 @@ class PSAConfig:
             slower and closer to dense. Defaults to 0.15 for the ``budget`` rule, and belongs to it alone.
         target_error: ``budget`` rule only, instead of ``compute_budget``: the relative error that each call's output
             may have (its root mean square over the heads), in (0, 1). The plan spends what that is estimated to need
-            (:mod:`psa_diffusers.planning.target`); only the torch planner can, so that on a GPU planning is slower.
+            (``psa_diffusers.planning.target``); only the torch planner can, so that on a GPU planning is slower.
         budget_schedule: ``budget`` rule only: compute budgets that change over a pipeline's run, instead of
             ``compute_budget`` at every step: points (at, budget), where step ``i`` of ``n`` is at ``i / n``, linear
             between them. A budget may be one a layer, and a point of one expert alone

@@ -71,7 +71,7 @@ class PSAProcessor(SparseProcessor):
             each denoising step in ``with processor.step(index, total)``.
         config: Settings; default ``PSAConfig()``.
         calibrate: Measure the layers' errors in the last dense step, and spend the compute budget in each run where
-            they tell (:mod:`~psa_diffusers.integration.calibrating`). Not under context parallel.
+            they tell (``psa_diffusers.integration.calibrating``). Not under context parallel.
 
     Raises:
         ValueError: no transformer of the pipeline can be sparse (the message says why, or lists those that can).
