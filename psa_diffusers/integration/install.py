@@ -30,7 +30,8 @@ def enable_psa(
         config: Settings; default ``PSAConfig()``.
         preset: Name of a preset instead (``PSAConfig.presets()`` lists them).
         calibrate: Measure the layers' errors in the last dense step of each run, and spend the compute budget where
-            they tell, from layer to layer and from step to step; :func:`psa_diffusers.integration.psa_calibration` has what came of it.
+            they tell, from layer to layer and from step to step.
+            :func:`psa_diffusers.integration.psa_calibration` has what came of it.
 
     Returns:
         The same pipeline.
