@@ -83,15 +83,6 @@ def _load_packed(base, row, channel, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _half_variance(query, variance, scale, cap, PRECISION: tl.constexpr):
-    """min(scale^2 / 2 * sum_d(q_d^2 * var_d), ln n) in units of ln 2, [BM, BN]; ``cap`` [BN] is log2 n."""
-    scaled = query.to(tl.float32) * scale
-    squares = (scaled * scaled).to(variance.dtype)
-    spread = tl.dot(squares, tl.trans(variance), input_precision=PRECISION)
-    return tl.minimum(spread * (0.5 * 1.4426950408889634), cap[None, :])
-
-
-@triton.jit
 def _add_covariance(
     accumulator,
     lost,
@@ -135,7 +126,7 @@ def attention_kernel(
     packed_key,
     packed_value,
     bias,
-    variance,
+    correction,
     covariance,
     covariance_factors,
     blocks,
@@ -190,9 +181,9 @@ def attention_kernel(
     base = local_head.to(tl.int64) * packed_rows * HEAD_DIM
     packed_key += base
     packed_value += base
-    if variance is not None:
-        variance += base
     bias += batch * packed_rows
+    if correction is not None:
+        correction += local_head.to(tl.int64) * packed_rows
     blocks += row.to(tl.int64) * kv_blocks
     counts += row.to(tl.int64) * (LEVELS + 1)
     level_blocks, tile_stops, list_starts = _level_tiles(counts, LOG_KV_BLOCK, LEVELS, BLOCK_N)
@@ -219,11 +210,10 @@ def attention_kernel(
         )  # [BN]
         key_tile = _load_packed(packed_key, packed_row, channel, HEAD_DIM, BLOCK_D)
         row_bias = tl.load(bias + packed_row)
+        if correction is not None:
+            row_bias += tl.load(correction + packed_row)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)  # [BM, BN]
         logits = logits * (scale * LOG2E) + row_bias[None, :]
-        if variance is not None:
-            variance_tile = _load_packed(variance, packed_row, channel, HEAD_DIM, BLOCK_D)
-            logits += _half_variance(query_tile, variance_tile, scale, row_bias, PRECISION)
 
         new_max = tl.maximum(running_max, tl.max(logits, axis=1))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have read nothing real yet
@@ -276,6 +266,7 @@ def attention_launch(
     lists: ReadLists,
     layout: PyramidLayout,
     covariance: Covariance | None = None,
+    correction: Tensor | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -285,20 +276,19 @@ def attention_launch(
 ) -> KernelLaunch:
     """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length].
 
-    For some heads of one sample, ``lists`` and ``lse`` are still of all samples and heads; the first in the other
-    tensors is number ``first_head`` of them, sample after sample.
+    ``correction`` is that of the logits, by :mod:`~.logit_variance`. For some heads of one sample, ``lists`` and
+    ``lse`` are still of all samples and heads; the first in the other tensors is number ``first_head`` of them, sample
+    after sample.
     """
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
-    tile = attention_tile(
-        target, head_dim, query.dtype, query_block_size, pyramid.variance is not None, covariance is not None
-    )
+    tile = attention_tile(target, head_dim, query.dtype, query_block_size, covariance is not None)
     arguments = {
         "query": query,
         "packed_key": pyramid.key,
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
-        "variance": pyramid.variance,
+        "correction": correction,
         "covariance": covariance and covariance.matrix,
         "covariance_factors": covariance and covariance.factors,
         "blocks": lists.blocks,

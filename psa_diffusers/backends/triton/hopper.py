@@ -40,7 +40,6 @@ def hopper_obstacle(
     query_block_size: int,
     kv_block_size: int,
     num_levels: int,
-    with_variance: bool = False,
 ) -> str | None:
     """Why the Hopper kernel cannot compute this, as a clause for a report; None if it can."""
     if target != "sm_90":
@@ -59,7 +58,7 @@ def hopper_obstacle(
         return f"kv_block_size must be at most {min(BLOCK_N, 8192 // head_dim)}, but is {kv_block_size}"
     if num_levels > MAX_LEVELS or kv_block_size >> (num_levels - 1) < SMALLEST_COPY:
         return f"the coarsest of at most {MAX_LEVELS} levels must keep {SMALLEST_COPY} rows a block"
-    return "it does not compute logit_correction='variance'" if with_variance else None
+    return None
 
 
 def hopper_layout(layout: PyramidLayout) -> PyramidLayout:
@@ -76,6 +75,7 @@ def hopper_attention_launch(
     level_mask: Tensor,
     layout: PyramidLayout,
     covariance: Covariance | None = None,
+    correction: Tensor | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -101,6 +101,7 @@ def hopper_attention_launch(
         "covariance_factors": covariance and covariance.factors,
         "bias": pyramid.bias,
         "centroid_bias": pyramid.centroid_bias,
+        "correction": correction,
         "level_mask": level_mask,
         "blocks": lists.blocks,
         "counts": lists.counts,
@@ -127,7 +128,7 @@ def hopper_attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_N": BLOCK_N,
         "STAGES": STAGES,
-        "PADDED": is_padded or scale <= 0,
+        "ALIKE": 0 if is_padded or scale <= 0 else (layout.num_levels if correction is None else 1),
     }
     grid = (min(tiles, _processors(query.device)),)
     return KernelLaunch(hopper_attention_kernel, grid, arguments, num_warps=4)

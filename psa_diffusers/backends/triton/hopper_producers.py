@@ -38,6 +38,7 @@ def _send_level(
     head_row,
     empty_row,
     bias,
+    correction,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -55,7 +56,10 @@ def _send_level(
         if biases is not None:
             live = first + column // ROWS < count
             block = gl.load(blocks + first + column // ROWS, mask=live, other=0).to(gl.int32)
-            row_bias = gl.load(bias + section + block * ROWS + column % ROWS, mask=live, other=float("-inf"))
+            row = section + block * ROWS + column % ROWS
+            row_bias = gl.load(bias + row, mask=live, other=float("-inf"))
+            if correction is not None:
+                row_bias += gl.load(correction + row, mask=live, other=0.0)
         _send(ring, biases, tile, source, rows, row_bias, ROWS, BLOCK_N, STAGES)
         tile += 1
     return tile
@@ -73,6 +77,7 @@ def _send_centroids(
     section,
     head_row,
     centroid_bias,
+    correction,
     LEVEL: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -93,6 +98,8 @@ def _send_centroids(
             inside = block < kv_blocks
             chosen = gl.load(levels + block, mask=inside, other=0) == LEVEL
             row_bias = gl.load(centroid_bias + block, mask=inside & chosen, other=float("-inf"))
+            if correction is not None:
+                row_bias += gl.load(correction + section + block, mask=inside & chosen, other=0.0)
         _send(ring, biases, tile, source, rows, row_bias, ROWS, BLOCK_N, STAGES)
         tile += 1
     return tile
@@ -111,6 +118,7 @@ def _send_query_tile(
     lists,
     bias,
     centroid_bias,
+    correction,
     packed_rows,
     empty_row,
     QUERY_BLOCK: gl.constexpr,
@@ -130,6 +138,8 @@ def _send_query_tile(
     blocks = lists.blocks + row.to(gl.int64) * kv_blocks
     head_row = first_row + head * packed_rows
     bias += (head // work.heads).to(gl.int64) * packed_rows
+    if correction is not None:
+        correction += head.to(gl.int64) * packed_rows
     stop = sent + tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
     section = 0
     for level in gl.static_range(LEVELS):
@@ -145,6 +155,7 @@ def _send_query_tile(
             head_row,
             empty_row,
             bias,
+            None if level == 0 else correction,
             KV_BLOCK >> level,
             BLOCK_N,
             STAGES,
@@ -162,6 +173,7 @@ def _send_query_tile(
         section,
         head_row,
         centroid_bias + head.to(gl.int64) * kv_blocks,
+        correction,
         LEVELS + 1,
         KV_BLOCK,
         BLOCK_N,
@@ -185,6 +197,7 @@ def key_producer(
     lists,
     bias,
     centroid_bias,
+    correction,
     packed_rows,
     empty_row,
     QUERY_BLOCK: gl.constexpr,
@@ -211,6 +224,7 @@ def key_producer(
             lists,
             bias,
             centroid_bias,
+            correction,
             packed_rows,
             empty_row,
             QUERY_BLOCK,
@@ -260,6 +274,7 @@ def value_producer(
             lists,
             bias,
             centroid_bias,
+            None,
             packed_rows,
             empty_row,
             QUERY_BLOCK,
