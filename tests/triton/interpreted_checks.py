@@ -46,14 +46,14 @@ def logit_correction(
     kv_block_size: int,
     num_levels: int,
 ) -> torch.Tensor:
-    """The logit correction of a pyramid of these keys, whose buffers hold NaN before."""
+    """The bias with the logit correction, of a pyramid of these keys; its buffer holds NaN before."""
     layout = PyramidLayout(-(-key.shape[1] // kv_block_size), kv_block_size, num_levels)
     pyramid = build_pyramid(key, value, layout, key_lengths=key_lengths)
-    correction, launches = logit_variance_launches(query, pyramid, layout, 0.3)
-    correction.fill_(torch.nan)
+    head_bias, launches = logit_variance_launches(query, pyramid, layout, 0.3)
+    head_bias.fill_(torch.nan)
     for launch in launches:
         launch.run()
-    return correction
+    return head_bias
 
 
 def compiled_attention(case: conformance.Case) -> tuple[torch.Tensor, torch.Tensor]:

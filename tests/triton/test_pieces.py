@@ -52,7 +52,7 @@ def test_pyramid_is_the_reference_s(interpreter, dtype):
 
 @pytest.mark.parametrize("gain", [0.3, 3.0])
 @pytest.mark.parametrize("kv_block_size, num_levels, head_dim", [(16, 3, 40), (512, 1, 24)])
-def test_logit_correction_is_the_reference_s(interpreter, kv_block_size, num_levels, head_dim, gain):
+def test_bias_with_the_logit_correction_is_the_reference_s(interpreter, kv_block_size, num_levels, head_dim, gain):
     """Every row, level 1 and rows without tokens among them; large queries reach the clamp; channels in chunks."""
     length = 2 * kv_block_size + 11
     query, key, value = make_inputs(Case(torch.float32, head_dim, 75, length, heads=2, batch=2))
@@ -69,9 +69,9 @@ def test_logit_correction_is_the_reference_s(interpreter, kv_block_size, num_lev
         expected = logit_correction(rows.variance @ power[sample, head], log_count, 0.3)
         clamped.append((expected == log_count)[rows.count > 1])
         here = found[sample, head, packed_rows_of(layout, rows)]
-        torch.testing.assert_close(here * math.log(2), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(here * math.log(2), log_count + expected, rtol=1e-5, atol=1e-5)
     assert torch.cat(clamped).any() == (gain > 1.0)
-    assert (found[..., layout.empty_row] == 0).all()
+    assert (found[..., layout.empty_row] == -math.inf).all()
 
 
 def packed_rows_of(layout, rows):

@@ -126,7 +126,6 @@ def attention_kernel(
     packed_key,
     packed_value,
     bias,
-    correction,
     covariance,
     covariance_factors,
     blocks,
@@ -153,6 +152,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,
+    BIAS_OF_HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp).
@@ -181,9 +181,7 @@ def attention_kernel(
     base = local_head.to(tl.int64) * packed_rows * HEAD_DIM
     packed_key += base
     packed_value += base
-    bias += batch * packed_rows
-    if correction is not None:
-        correction += local_head.to(tl.int64) * packed_rows
+    bias += (local_head if BIAS_OF_HEADS else local_head // heads).to(tl.int64) * packed_rows
     blocks += row.to(tl.int64) * kv_blocks
     counts += row.to(tl.int64) * (LEVELS + 1)
     level_blocks, tile_stops, list_starts = _level_tiles(counts, LOG_KV_BLOCK, LEVELS, BLOCK_N)
@@ -210,8 +208,6 @@ def attention_kernel(
         )  # [BN]
         key_tile = _load_packed(packed_key, packed_row, channel, HEAD_DIM, BLOCK_D)
         row_bias = tl.load(bias + packed_row)
-        if correction is not None:
-            row_bias += tl.load(correction + packed_row)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)  # [BM, BN]
         logits = logits * (scale * LOG2E) + row_bias[None, :]
 
@@ -266,7 +262,7 @@ def attention_launch(
     lists: ReadLists,
     layout: PyramidLayout,
     covariance: Covariance | None = None,
-    correction: Tensor | None = None,
+    head_bias: Tensor | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -276,9 +272,9 @@ def attention_launch(
 ) -> KernelLaunch:
     """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length].
 
-    ``correction`` is that of the logits, by :mod:`~.logit_variance`. For some heads of one sample, ``lists`` and
-    ``lse`` are still of all samples and heads; the first in the other tensors is number ``first_head`` of them, sample
-    after sample.
+    ``head_bias`` is the bias with the logit correction, by :mod:`~.logit_variance`; None = without. For some heads of
+    one sample, ``lists`` and ``lse`` are still of all samples and heads; the first in the other tensors is number
+    ``first_head`` of them, sample after sample.
     """
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
@@ -287,8 +283,7 @@ def attention_launch(
         "query": query,
         "packed_key": pyramid.key,
         "packed_value": pyramid.value,
-        "bias": pyramid.bias,
-        "correction": correction,
+        "bias": pyramid.bias if head_bias is None else head_bias,
         "covariance": covariance and covariance.matrix,
         "covariance_factors": covariance and covariance.factors,
         "blocks": lists.blocks,
@@ -315,6 +310,7 @@ def attention_launch(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "CHUNK_D": min(16, padded_head_dim(head_dim)),
+        "BIAS_OF_HEADS": head_bias is not None,
         "PRECISION": "ieee",
     }
     grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)

@@ -75,7 +75,7 @@ def hopper_attention_launch(
     level_mask: Tensor,
     layout: PyramidLayout,
     covariance: Covariance | None = None,
-    correction: Tensor | None = None,
+    head_bias: Tensor | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -99,9 +99,8 @@ def hopper_attention_launch(
         **{f"rows_{level}": _boxes(pyramid.packed, size) for level, size in enumerate(rows, start=1)},
         "covariance": covariance and _boxes(covariance.matrix, head_dim),
         "covariance_factors": covariance and covariance.factors,
-        "bias": pyramid.bias,
+        "bias": pyramid.bias if head_bias is None else head_bias,
         "centroid_bias": pyramid.centroid_bias,
-        "correction": correction,
         "level_mask": level_mask,
         "blocks": lists.blocks,
         "counts": lists.counts,
@@ -128,7 +127,8 @@ def hopper_attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_N": BLOCK_N,
         "STAGES": STAGES,
-        "ALIKE": 0 if is_padded or scale <= 0 else (layout.num_levels if correction is None else 1),
+        "ALIKE": 0 if is_padded or scale <= 0 else (layout.num_levels if head_bias is None else 1),
+        "BIAS_OF_HEADS": head_bias is not None,
     }
     grid = (min(tiles, _processors(query.device)),)
     return KernelLaunch(hopper_attention_kernel, grid, arguments, num_warps=4)

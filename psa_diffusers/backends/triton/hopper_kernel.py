@@ -42,7 +42,6 @@ def hopper_attention_kernel(
     covariance_factors,
     bias,
     centroid_bias,
-    correction,
     level_mask,
     blocks,
     counts,
@@ -70,6 +69,7 @@ def hopper_attention_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     ALIKE: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
@@ -157,7 +157,6 @@ def hopper_attention_kernel(
                     lists,
                     bias,
                     centroid_bias,
-                    correction,
                     packed_rows,
                     empty_row,
                     QUERY_BLOCK,
@@ -165,6 +164,7 @@ def hopper_attention_kernel(
                     LEVELS,
                     BLOCK_N,
                     STAGES,
+                    BIAS_OF_HEADS,
                 ),
             ),
             (
@@ -186,6 +186,7 @@ def hopper_attention_kernel(
                     LEVELS,
                     BLOCK_N,
                     STAGES,
+                    BIAS_OF_HEADS,
                 ),
             ),
         ],

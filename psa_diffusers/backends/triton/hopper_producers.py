@@ -38,7 +38,6 @@ def _send_level(
     head_row,
     empty_row,
     bias,
-    correction,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -56,10 +55,7 @@ def _send_level(
         if biases is not None:
             live = first + column // ROWS < count
             block = gl.load(blocks + first + column // ROWS, mask=live, other=0).to(gl.int32)
-            row = section + block * ROWS + column % ROWS
-            row_bias = gl.load(bias + row, mask=live, other=float("-inf"))
-            if correction is not None:
-                row_bias += gl.load(correction + row, mask=live, other=0.0)
+            row_bias = gl.load(bias + section + block * ROWS + column % ROWS, mask=live, other=float("-inf"))
         _send(ring, biases, tile, source, rows, row_bias, ROWS, BLOCK_N, STAGES)
         tile += 1
     return tile
@@ -77,7 +73,6 @@ def _send_centroids(
     section,
     head_row,
     centroid_bias,
-    correction,
     LEVEL: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -98,8 +93,6 @@ def _send_centroids(
             inside = block < kv_blocks
             chosen = gl.load(levels + block, mask=inside, other=0) == LEVEL
             row_bias = gl.load(centroid_bias + block, mask=inside & chosen, other=float("-inf"))
-            if correction is not None:
-                row_bias += gl.load(correction + section + block, mask=inside & chosen, other=0.0)
         _send(ring, biases, tile, source, rows, row_bias, ROWS, BLOCK_N, STAGES)
         tile += 1
     return tile
@@ -118,7 +111,6 @@ def _send_query_tile(
     lists,
     bias,
     centroid_bias,
-    correction,
     packed_rows,
     empty_row,
     QUERY_BLOCK: gl.constexpr,
@@ -126,6 +118,7 @@ def _send_query_tile(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """Sends all that a tile of queries reads, with the bias of the rows if there is room for it.
 
@@ -137,9 +130,7 @@ def _send_query_tile(
     counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
     blocks = lists.blocks + row.to(gl.int64) * kv_blocks
     head_row = first_row + head * packed_rows
-    bias += (head // work.heads).to(gl.int64) * packed_rows
-    if correction is not None:
-        correction += head.to(gl.int64) * packed_rows
+    bias += (head if BIAS_OF_HEADS else head // work.heads).to(gl.int64) * packed_rows
     stop = sent + tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
     section = 0
     for level in gl.static_range(LEVELS):
@@ -155,7 +146,6 @@ def _send_query_tile(
             head_row,
             empty_row,
             bias,
-            None if level == 0 else correction,
             KV_BLOCK >> level,
             BLOCK_N,
             STAGES,
@@ -173,7 +163,6 @@ def _send_query_tile(
         section,
         head_row,
         centroid_bias + head.to(gl.int64) * kv_blocks,
-        correction,
         LEVELS + 1,
         KV_BLOCK,
         BLOCK_N,
@@ -197,7 +186,6 @@ def key_producer(
     lists,
     bias,
     centroid_bias,
-    correction,
     packed_rows,
     empty_row,
     QUERY_BLOCK: gl.constexpr,
@@ -205,6 +193,7 @@ def key_producer(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """Takes tiles of queries until none is left, and sends the keys and biases."""
     sent = 0
@@ -224,7 +213,6 @@ def key_producer(
             lists,
             bias,
             centroid_bias,
-            correction,
             packed_rows,
             empty_row,
             QUERY_BLOCK,
@@ -232,6 +220,7 @@ def key_producer(
             LEVELS,
             BLOCK_N,
             STAGES,
+            BIAS_OF_HEADS,
         )
         tile = gl.num_programs(0) + gl.atomic_add(taken, 1)
         turn += 1
@@ -256,6 +245,7 @@ def value_producer(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """Sends the values, from row ``first_row`` on, and after them the head's covariance."""
     sent = 0
@@ -274,7 +264,6 @@ def value_producer(
             lists,
             bias,
             centroid_bias,
-            None,
             packed_rows,
             empty_row,
             QUERY_BLOCK,
@@ -282,6 +271,7 @@ def value_producer(
             LEVELS,
             BLOCK_N,
             STAGES,
+            BIAS_OF_HEADS,
         )
         turn += 1
         tile = next_tile(turns, turn, 1)

@@ -254,12 +254,12 @@ def launch_of(case: Case) -> KernelLaunch:
         return launch_order_launch(level_mask, lists, lengths)
     lse = None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta")
     covariance = empty_covariance(pyramid, layout)[0] if "+covariance" in case.kernel else None
-    correction = pyramid.bias.new_empty(pyramid.key.shape[:-1]) if case.kernel.endswith("+variance") else None
+    head_bias = pyramid.bias.new_empty(pyramid.key.shape[:-1]) if case.kernel.endswith("+variance") else None
     named = {"query_block_size": case.query_block_size, "order": order, "scale": case.head_dim**-0.5}
     tensors = (query, torch.empty_like(query), lse, pyramid, lists)
     if case.kernel in HOPPER_KERNELS:
-        return hopper_attention_launch(*tensors, level_mask, layout, covariance, correction, is_padded=False, **named)
-    return attention_launch(*tensors, layout, covariance, correction, target=case.target, **named)
+        return hopper_attention_launch(*tensors, level_mask, layout, covariance, head_bias, is_padded=False, **named)
+    return attention_launch(*tensors, layout, covariance, head_bias, target=case.target, **named)
 
 
 def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:

@@ -160,21 +160,21 @@ def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options)
     pyramid = empty_pyramid(key, layout, with_centroid_bias=is_hopper)
     counter = query.new_empty(1, dtype=torch.int32) if is_hopper else None
     launches = [pyramid_launch(key, value, pyramid, layout, order, key_lengths, counter)]
-    covariance = correction = None
+    covariance = head_bias = None
     if counted is not None:
         covariance, more = covariance_launches(pyramid, layout, counted, gain)
         launches += more
     if options.with_variance:
-        correction, more = logit_variance_launches(query, pyramid, layout, options.scale)
+        head_bias, more = logit_variance_launches(query, pyramid, layout, options.scale)
         launches += more
     named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
     tensors = (query, out, lse, pyramid, lists)
     if is_hopper:
         named |= {"first_head": first_head, "counter": counter, "is_padded": key_lengths is not None}
-        launches.append(hopper.hopper_attention_launch(*tensors, level_mask, layout, covariance, correction, **named))
+        launches.append(hopper.hopper_attention_launch(*tensors, level_mask, layout, covariance, head_bias, **named))
     else:
         named |= {"first_head": first_head, "target": target}
-        launches.append(attention_launch(*tensors, layout, covariance, correction, **named))
+        launches.append(attention_launch(*tensors, layout, covariance, head_bias, **named))
     return Recording([(launch, launch.run()) for launch in launches], results=())
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
-from ...gpu.target import padded_head_dim
 from ..logit_variance import QUERY_STRIDE
 from .layout import PyramidLayout
 from .pyramid import Pyramid
@@ -63,12 +62,23 @@ def _squares(keys, real, power, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _store_correction(place, squares, real, scale, SIZE: tl.constexpr):
-    """min(half the logits' variance, ln of the group's tokens), in units of ln 2, at ``place`` of each group."""
+def _add_squares(squares, keys, real, power, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """The squares of every level, and those of these channels."""
+    more = ()
+    for level in tl.static_range(1, LEVELS):
+        more += (squares[level - 1] + _squares(keys, real, power, 1 << level),)
+    return more + (squares[LEVELS - 1] + _squares(keys, real, power, KV_BLOCK),)
+
+
+@triton.jit
+def _correction_and_bias(squares, real, scale, SIZE: tl.constexpr):
+    """min(half the logits' variance, ln of the group's tokens) of each group, and the two's sum, in units of ln 2."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    count = tl.maximum(tl.sum(tl.reshape(real, (squares.shape[0], SIZE)), axis=1), 1.0)
-    half_variance = squares * (0.5 * LOG2E * scale * scale) / count
-    tl.store(place, tl.minimum(half_variance, tl.log2(count), propagate_nan=tl.PropagateNan.ALL))
+    count = tl.sum(tl.reshape(real, (squares.shape[0], SIZE)), axis=1)
+    log_count = tl.log2(tl.maximum(count, 1.0))
+    half_variance = squares * (0.5 * LOG2E * scale * scale) / tl.maximum(count, 1.0)
+    correction = tl.minimum(half_variance, log_count, propagate_nan=tl.PropagateNan.ALL)
+    return correction, tl.where(count > 0.0, log_count + correction, float("-inf"))
 
 
 @triton.jit
@@ -76,7 +86,8 @@ def logit_variance_kernel(
     packed_key,
     bias,
     power,
-    correction,
+    head_bias,
+    centroid_bias,
     scale,
     heads,
     kv_blocks,
@@ -87,19 +98,23 @@ def logit_variance_kernel(
     CHUNK: tl.constexpr,
     EMPTY_ROWS: tl.constexpr,
 ):
-    """One program: the correction of all rows of one kv block of one head. Grid (kv_blocks, batch * heads)."""
+    """One program: the bias of all rows of one kv block of one head. Grid (kv_blocks, batch * heads).
+
+    To ``centroid_bias``, if there is one, the centroid's correction is added.
+    """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     token = block * KV_BLOCK + tl.arange(0, KV_BLOCK)
     packed_key += head * packed_rows * HEAD_DIM
-    correction += head * packed_rows
-    real = (tl.load(bias + head // heads * packed_rows + token) == 0.0).to(tl.float32)  # one token, or none
-    tl.store(correction + token, tl.zeros([KV_BLOCK], tl.float32))
+    head_bias += head * packed_rows
+    token_bias = tl.load(bias + head // heads * packed_rows + token)
+    real = (token_bias == 0.0).to(tl.float32)  # one token, or none
+    tl.store(head_bias + token, token_bias)
 
-    squares = ()
-    for level in tl.static_range(1, LEVELS + 1):
-        size: tl.constexpr = KV_BLOCK if level == LEVELS else 1 << level
-        squares += (tl.zeros([KV_BLOCK // size], tl.float32),)
+    squares = ()  # of levels 2, 3, ... and the centroid
+    for level in tl.static_range(1, LEVELS):
+        squares += (tl.zeros([KV_BLOCK >> level], tl.float32),)
+    squares += (tl.zeros([1], tl.float32),)
     for start in tl.static_range(0, HEAD_DIM, CHUNK):
         channel = start + tl.arange(0, CHUNK)
         inside = channel < HEAD_DIM
@@ -107,40 +122,42 @@ def logit_variance_kernel(
         mask = tl.broadcast_to(inside[None, :], places.shape)
         keys = tl.load(places, mask=mask, other=0.0).to(tl.float32)  # [KV_BLOCK, CHUNK]
         weights = tl.load(power + head * HEAD_DIM + channel, mask=inside, other=0.0)
-        more = ()
-        for level in tl.static_range(1, LEVELS + 1):
-            size: tl.constexpr = KV_BLOCK if level == LEVELS else 1 << level
-            more += (squares[level - 1] + _squares(keys, real, weights, size),)
-        squares = more
+        squares = _add_squares(squares, keys, real, weights, KV_BLOCK, LEVELS)
 
     section = kv_blocks * KV_BLOCK
-    for level in tl.static_range(1, LEVELS + 1):
-        size: tl.constexpr = KV_BLOCK if level == LEVELS else 1 << level
-        row = section + block * (KV_BLOCK // size) + tl.arange(0, KV_BLOCK // size)
-        _store_correction(correction + row, squares[level - 1], real, scale, size)
-        section += kv_blocks * (KV_BLOCK // size)
+    for level in tl.static_range(1, LEVELS):
+        row = section + block * (KV_BLOCK >> level) + tl.arange(0, KV_BLOCK >> level)
+        _, row_bias = _correction_and_bias(squares[level - 1], real, scale, 1 << level)
+        tl.store(head_bias + row, row_bias)
+        section += kv_blocks * (KV_BLOCK >> level)
+    correction, row_bias = _correction_and_bias(squares[LEVELS - 1], real, scale, KV_BLOCK)
+    tl.store(head_bias + section + block + tl.arange(0, 1), row_bias)
+    if centroid_bias is not None:
+        place = centroid_bias + head * kv_blocks + block + tl.arange(0, 1)
+        tl.store(place, tl.load(place) + correction)
     if block == 0:
         for empty in range(0, EMPTY_ROWS):
-            tl.store(correction + section + empty, 0.0)
+            tl.store(head_bias + section + kv_blocks + empty, float("-inf"))
 
 
 def logit_variance_launches(
     query: Tensor, pyramid: Pyramid, layout: PyramidLayout, scale: float
 ) -> tuple[Tensor, list[KernelLaunch]]:
-    """The correction, float32 [batch, heads, rows] in units of ln 2, and what fills it from a pyramid that is there.
+    """The bias with the correction, and what fills it from a pyramid that is there.
 
     Args:
         query: [batch, query_length, heads, head_dim], any strides.
-        pyramid, layout: Of the keys.
+        pyramid, layout: Of the keys. To the pyramid's centroid bias, if it has one, the correction is added.
         scale: Factor of the logits.
+
+    Returns:
+        float32 [batch, heads, rows], in the place of the pyramid's own bias, which is [batch, rows].
     """
     batch, heads, rows, head_dim = pyramid.key.shape
     power = pyramid.bias.new_empty(batch, heads, head_dim)
-    correction = pyramid.bias.new_empty(batch, heads, rows)
-    return correction, [
-        query_power_launch(query, power),
-        logit_variance_launch(pyramid, layout, power, correction, scale),
-    ]
+    head_bias = pyramid.bias.new_empty(batch, heads, rows)
+    launches = [query_power_launch(query, power), logit_variance_launch(pyramid, layout, power, head_bias, scale)]
+    return head_bias, launches
 
 
 def query_power_launch(query: Tensor, power: Tensor) -> KernelLaunch:
@@ -162,16 +179,17 @@ def query_power_launch(query: Tensor, power: Tensor) -> KernelLaunch:
 
 
 def logit_variance_launch(
-    pyramid: Pyramid, layout: PyramidLayout, power: Tensor, correction: Tensor, scale: float
+    pyramid: Pyramid, layout: PyramidLayout, power: Tensor, head_bias: Tensor, scale: float
 ) -> KernelLaunch:
-    """The launch that fills ``correction``."""
+    """The launch that fills ``head_bias``."""
     batch, heads, rows, head_dim = pyramid.key.shape
     tile = variance_tile(layout.kv_block_size, head_dim)
     arguments = {
         "packed_key": pyramid.key,
         "bias": pyramid.bias,
         "power": power,
-        "correction": correction,
+        "head_bias": head_bias,
+        "centroid_bias": pyramid.centroid_bias,
         "scale": scale,
         "heads": heads,
         "kv_blocks": layout.kv_blocks,
@@ -179,7 +197,7 @@ def logit_variance_launch(
         "HEAD_DIM": head_dim,
         "KV_BLOCK": layout.kv_block_size,
         "LEVELS": layout.num_levels,
-        "CHUNK": min(tile.block_d, padded_head_dim(head_dim)),
+        "CHUNK": tile.block_d,
         "EMPTY_ROWS": layout.empty_rows,
     }
     return KernelLaunch(logit_variance_kernel, (layout.kv_blocks, batch * heads), arguments, tile.num_warps)

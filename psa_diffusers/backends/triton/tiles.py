@@ -92,8 +92,9 @@ def pyramid_tile(kv_block_size: int, head_dim: int) -> PyramidTile:
 
 
 def variance_tile(kv_block_size: int, head_dim: int) -> PyramidTile:
-    """At most 64 numbers a thread, channels split as far as that takes."""
-    return replace(pyramid_tile(kv_block_size, head_dim), num_warps=4 if kv_block_size <= 512 else 8)
+    """16 numbers a thread, 32 in the largest blocks: many programs at a time are what hides the memory's latency."""
+    block_d = min(padded_head_dim(head_dim), max(16, 2048 // kv_block_size))
+    return PyramidTile(block_d, num_warps=4 if kv_block_size <= 256 else 16)
 
 
 def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
