@@ -74,11 +74,12 @@ def test_strides_do_not_matter(layout):
     assert torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("correction", ["none", "covariance"])
-def test_both_kernels_agree(monkeypatch, correction):
+@pytest.mark.parametrize("corrections", [("none", "none"), ("none", "covariance"), ("variance", "covariance")])
+def test_both_kernels_agree(monkeypatch, corrections):
     """The Hopper kernel and the one for all GPUs, on one plan; elsewhere the second alone, twice."""
     inputs, plan = [tensor.cuda() for tensor in conformance.make_inputs(WAN)], on_gpu(conformance.make_plan(WAN))
-    options = {"scale": WAN.scale, "value_correction": correction, "return_lse": True}
+    named = dict(zip(("logit_correction", "value_correction"), corrections, strict=True))
+    options = {"scale": WAN.scale, "return_lse": True, **named}
     found = attend_triton(*inputs, plan, **options)
     monkeypatch.setattr(hopper, "ENABLED", False)
     expected = attend_triton(*inputs, plan, **options)
