@@ -181,7 +181,7 @@ def attention_kernel(
     base = local_head.to(tl.int64) * packed_rows * HEAD_DIM
     packed_key += base
     packed_value += base
-    bias += (local_head if BIAS_OF_HEADS else local_head // heads).to(tl.int64) * packed_rows
+    bias += (batch * heads + head if BIAS_OF_HEADS else batch) * packed_rows
     blocks += row.to(tl.int64) * kv_blocks
     counts += row.to(tl.int64) * (LEVELS + 1)
     level_blocks, tile_stops, list_starts = _level_tiles(counts, LOG_KV_BLOCK, LEVELS, BLOCK_N)
