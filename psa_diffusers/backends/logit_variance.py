@@ -14,13 +14,14 @@ Not part of the published method (arXiv 2512.04025).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Of so many queries one is looked at. A prime, since rows and columns of videos have even lengths.
 QUERY_STRIDE = 13
 
 
-def query_power(query: Tensor, dtype: object) -> Tensor:
+def query_power(query: Tensor, dtype: torch.dtype) -> Tensor:
     """[batch, heads, head_dim] of ``dtype``: the mean square of each channel of query [batch, seq, heads, head_dim]."""
     return query[:, ::QUERY_STRIDE].to(dtype).square().mean(1)
 

@@ -51,8 +51,8 @@ def logit_correction(
     pyramid = build_pyramid(key, value, layout, key_lengths=key_lengths)
     head_bias, launches = logit_variance_launches(query, pyramid, layout, 0.3)
     head_bias.fill_(torch.nan)
-    for launch in launches:
-        launch.run()
+    for each in launches:
+        each.run()
     return head_bias
 
 

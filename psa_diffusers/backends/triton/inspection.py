@@ -280,7 +280,6 @@ def _tile_of(launch: KernelLaunch) -> str:
         ("TILE_D", "TILE_ROWS"),
         ("SLAB", "BLOCK_D"),
         ("ROWS", "CHUNK"),
-        ("KV_BLOCK", "CHUNK"),
         ("CHUNK",),
         ("TILE",),
         ("KV_BLOCK", "BLOCK_D"),

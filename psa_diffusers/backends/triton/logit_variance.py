@@ -12,10 +12,13 @@ from torch import Tensor
 from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
+from ...gpu.target import padded_head_dim
 from ..logit_variance import QUERY_STRIDE
 from .layout import PyramidLayout
-from .pyramid import Pyramid
-from .tiles import POWER_TILE, variance_tile
+from .pyramid import MAX_PARTS, Pyramid
+from .tiles import POWER_TILE, variance_warps
+
+POWER_PARTS = 8  # of each head's queries: programs enough to fill a GPU
 
 
 @triton.jit
@@ -27,58 +30,83 @@ def query_power_kernel(
     query_length,
     HEAD_DIM: tl.constexpr,
     QUERY_STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: CHUNK channels of one head's power, [batch * heads, HEAD_DIM]. Grid (batch * heads, chunks)."""
+    """One program: what every PARTS-th tile of sampled queries has of the power of CHUNK channels of one head.
+
+    The parts [batch * heads, PARTS, HEAD_DIM] add up to the power. Grid (batch * heads, chunks of channels, PARTS).
+    """
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     samples = (query_length + QUERY_STRIDE - 1) // QUERY_STRIDE
     total = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in range(0, samples, ROWS):
+    for start in range(tl.program_id(2) * ROWS, samples, PARTS * ROWS):
         sample = start + tl.arange(0, ROWS)
         token = sample.to(tl.int64) * QUERY_STRIDE
         mask = (sample < samples)[:, None] & (channel < HEAD_DIM)[None, :]
         rows = tl.load(strided_pointers(query, query_strides, batch, head, token, channel), mask=mask, other=0.0)
         rows = rows.to(tl.float32)
         total += rows * rows
-    mean = tl.sum(total, axis=0) / samples
-    tl.store(power + tl.program_id(0) * HEAD_DIM + channel, mean, mask=channel < HEAD_DIM)
+    place = (tl.program_id(0) * PARTS + tl.program_id(2)) * HEAD_DIM + channel
+    tl.store(power + place, tl.sum(total, axis=0) / samples, mask=channel < HEAD_DIM)
+
+
+# A block's keys are held as tiles [GROUPS, BD], row r in tile r % PARTS, as the pyramid kernel does. ``squares`` are of
+# each group of keys the squared distances from its mean, weighed by the power and summed over channels and keys.
 
 
 @triton.jit
-def _squares(keys, real, power, SIZE: tl.constexpr):
-    """[groups]: squared distances of keys [rows, channels] from the means of their groups of SIZE, weighed by power
-    [channels], summed over the group's real keys. ``real`` [rows] is 1 or 0; other keys are 0."""
-    GROUPS: tl.constexpr = keys.shape[0] // SIZE
-    CHANNELS: tl.constexpr = keys.shape[1]
-    real = tl.reshape(real, (GROUPS, SIZE))
-    keys = tl.reshape(keys, (GROUPS, SIZE, CHANNELS))
-    mean = tl.sum(keys, axis=1) / tl.maximum(tl.sum(real, axis=1), 1.0)[:, None]
-    gap = keys - mean[:, None, :]
-    distance = tl.sum(gap * gap * power[None, None, :], axis=2)  # [GROUPS, SIZE]
-    return tl.sum(distance * real, axis=1)
+def _merge_parts(means, counts, squares, power):
+    """Tiles in half as many, each a pair. Squares are merged too: no cancellation, unlike E[x^2] - E[x]^2."""
+    merged_means = ()
+    merged_counts = ()
+    merged_squares = ()
+    for part in tl.static_range(len(means) // 2):
+        first, second = counts[2 * part], counts[2 * part + 1]
+        count = first + second
+        share = first / tl.maximum(count, 1.0)
+        gap = means[2 * part] - means[2 * part + 1]
+        between = tl.sum(gap * gap * power[None, :], axis=1)
+        merged_means += (means[2 * part + 1] + share[:, None] * gap,)
+        merged_counts += (count,)
+        merged_squares += (squares[2 * part] + squares[2 * part + 1] + between * (share * second),)
+    return merged_means, merged_counts, merged_squares
 
 
 @triton.jit
-def _add_squares(squares, keys, real, power, KV_BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """The squares of every level, and those of these channels."""
-    more = ()
-    for level in tl.static_range(1, LEVELS):
-        more += (squares[level - 1] + _squares(keys, real, power, 1 << level),)
-    return more + (squares[LEVELS - 1] + _squares(keys, real, power, KV_BLOCK),)
+def _merge_rows(means, counts, squares, power, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """The only tile's rows in groups of SIZE, GROUPS of them."""
+    BLOCK_D: tl.constexpr = means[0].shape[1]
+    rows = tl.reshape(means[0], (GROUPS, SIZE, BLOCK_D))
+    tokens = tl.reshape(counts[0], (GROUPS, SIZE))
+    count = tl.sum(tokens, axis=1)
+    mean = tl.sum(rows * tokens[:, :, None], axis=1) / tl.maximum(count, 1.0)[:, None]
+    gap = rows - mean[:, None, :]
+    between = tl.sum(gap * gap * power[None, None, :], axis=2) * tokens
+    square = tl.sum(tl.reshape(squares[0], (GROUPS, SIZE)) + between, axis=1)
+    return (mean,), (count,), (square,)
 
 
 @triton.jit
-def _correction_and_bias(squares, real, scale, SIZE: tl.constexpr):
+def _correction_and_bias(square, count, scale):
     """min(half the logits' variance, ln of the group's tokens) of each group, and the two's sum, in units of ln 2."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    count = tl.sum(tl.reshape(real, (squares.shape[0], SIZE)), axis=1)
     log_count = tl.log2(tl.maximum(count, 1.0))
-    half_variance = squares * (0.5 * LOG2E * scale * scale) / tl.maximum(count, 1.0)
+    half_variance = square * (0.5 * LOG2E * scale * scale) / tl.maximum(count, 1.0)
     correction = tl.minimum(half_variance, log_count, propagate_nan=tl.PropagateNan.ALL)
     return correction, tl.where(count > 0.0, log_count + correction, float("-inf"))
+
+
+@triton.jit
+def _store_bias(place, squares, counts, scale):
+    """The bias of a level's rows of one block, the first of which is at ``place``."""
+    for part in tl.static_range(len(squares)):
+        row = tl.arange(0, squares[part].shape[0]) * len(squares) + part
+        _, bias = _correction_and_bias(squares[part], counts[part], scale)
+        tl.store(place + row, bias)
 
 
 @triton.jit
@@ -93,9 +121,11 @@ def logit_variance_kernel(
     kv_blocks,
     packed_rows,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    POWER_PARTS: tl.constexpr,
     EMPTY_ROWS: tl.constexpr,
 ):
     """One program: the bias of all rows of one kv block of one head. Grid (kv_blocks, batch * heads).
@@ -104,35 +134,39 @@ def logit_variance_kernel(
     """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    token = block * KV_BLOCK + tl.arange(0, KV_BLOCK)
+    channel = tl.arange(0, BLOCK_D)
     packed_key += head * packed_rows * HEAD_DIM
+    bias += head // heads * packed_rows
     head_bias += head * packed_rows
-    token_bias = tl.load(bias + head // heads * packed_rows + token)
-    real = (token_bias == 0.0).to(tl.float32)  # one token, or none
-    tl.store(head_bias + token, token_bias)
+    part_of_power = (head * POWER_PARTS + tl.arange(0, POWER_PARTS))[:, None] * HEAD_DIM + channel[None, :]
+    is_channel = tl.broadcast_to((channel < HEAD_DIM)[None, :], part_of_power.shape)
+    weights = tl.sum(tl.load(power + part_of_power, mask=is_channel, other=0.0), axis=0)  # [BD]
 
-    squares = ()  # of levels 2, 3, ... and the centroid
-    for level in tl.static_range(1, LEVELS):
-        squares += (tl.zeros([KV_BLOCK >> level], tl.float32),)
-    squares += (tl.zeros([1], tl.float32),)
-    for start in tl.static_range(0, HEAD_DIM, CHUNK):
-        channel = start + tl.arange(0, CHUNK)
-        inside = channel < HEAD_DIM
+    means = ()
+    counts = ()
+    squares = ()
+    for part in tl.static_range(PARTS):
+        token = block * KV_BLOCK + tl.arange(0, KV_BLOCK // PARTS) * PARTS + part
+        token_bias = tl.load(bias + token)
+        tl.store(head_bias + token, token_bias)
         places = packed_key + token.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
-        mask = tl.broadcast_to(inside[None, :], places.shape)
-        keys = tl.load(places, mask=mask, other=0.0).to(tl.float32)  # [KV_BLOCK, CHUNK]
-        weights = tl.load(power + head * HEAD_DIM + channel, mask=inside, other=0.0)
-        squares = _add_squares(squares, keys, real, weights, KV_BLOCK, LEVELS)
+        mask = tl.broadcast_to((channel < HEAD_DIM)[None, :], places.shape)
+        means += (tl.load(places, mask=mask, other=0.0).to(tl.float32),)
+        counts += ((token_bias == 0.0).to(tl.float32),)  # one token, or none
+        squares += (tl.zeros([KV_BLOCK // PARTS], tl.float32),)
 
     section = kv_blocks * KV_BLOCK
     for level in tl.static_range(1, LEVELS):
-        row = section + block * (KV_BLOCK >> level) + tl.arange(0, KV_BLOCK >> level)
-        _, row_bias = _correction_and_bias(squares[level - 1], real, scale, 1 << level)
-        tl.store(head_bias + row, row_bias)
+        if len(means) > 1:
+            means, counts, squares = _merge_parts(means, counts, squares, weights)
+        else:
+            means, counts, squares = _merge_rows(means, counts, squares, weights, KV_BLOCK >> level, 2)
+        _store_bias(head_bias + section + block * (KV_BLOCK >> level), squares, counts, scale)
         section += kv_blocks * (KV_BLOCK >> level)
-    correction, row_bias = _correction_and_bias(squares[LEVELS - 1], real, scale, KV_BLOCK)
-    tl.store(head_bias + section + block + tl.arange(0, 1), row_bias)
+    means, counts, squares = _merge_rows(means, counts, squares, weights, 1, KV_BLOCK >> (LEVELS - 1))
+    _store_bias(head_bias + section + block, squares, counts, scale)
     if centroid_bias is not None:
+        correction, _ = _correction_and_bias(squares[0], counts[0], scale)
         place = centroid_bias + head * kv_blocks + block + tl.arange(0, 1)
         tl.store(place, tl.load(place) + correction)
     if block == 0:
@@ -154,14 +188,14 @@ def logit_variance_launches(
         float32 [batch, heads, rows], in the place of the pyramid's own bias, which is [batch, rows].
     """
     batch, heads, rows, head_dim = pyramid.key.shape
-    power = pyramid.bias.new_empty(batch, heads, head_dim)
+    power = pyramid.bias.new_empty(batch, heads, POWER_PARTS, head_dim)
     head_bias = pyramid.bias.new_empty(batch, heads, rows)
     launches = [query_power_launch(query, power), logit_variance_launch(pyramid, layout, power, head_bias, scale)]
     return head_bias, launches
 
 
 def query_power_launch(query: Tensor, power: Tensor) -> KernelLaunch:
-    """The launch that fills ``power``, float32 [batch, heads, head_dim]."""
+    """The launch that fills ``power``, float32 [batch, heads, parts, head_dim]."""
     batch, query_length, heads, head_dim = query.shape
     rows, chunk, num_warps = POWER_TILE
     arguments = {
@@ -172,10 +206,12 @@ def query_power_launch(query: Tensor, power: Tensor) -> KernelLaunch:
         "query_length": query_length,
         "HEAD_DIM": head_dim,
         "QUERY_STRIDE": QUERY_STRIDE,
+        "PARTS": power.shape[2],
         "ROWS": rows,
         "CHUNK": chunk,
     }
-    return KernelLaunch(query_power_kernel, (batch * heads, ceil_div(head_dim, chunk)), arguments, num_warps)
+    grid = (batch * heads, ceil_div(head_dim, chunk), power.shape[2])
+    return KernelLaunch(query_power_kernel, grid, arguments, num_warps)
 
 
 def logit_variance_launch(
@@ -183,7 +219,6 @@ def logit_variance_launch(
 ) -> KernelLaunch:
     """The launch that fills ``head_bias``."""
     batch, heads, rows, head_dim = pyramid.key.shape
-    tile = variance_tile(layout.kv_block_size, head_dim)
     arguments = {
         "packed_key": pyramid.key,
         "bias": pyramid.bias,
@@ -195,9 +230,12 @@ def logit_variance_launch(
         "kv_blocks": layout.kv_blocks,
         "packed_rows": rows,
         "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
         "KV_BLOCK": layout.kv_block_size,
         "LEVELS": layout.num_levels,
-        "CHUNK": tile.block_d,
+        "PARTS": min(MAX_PARTS, 2 ** (layout.num_levels - 1)),
+        "POWER_PARTS": power.shape[2],
         "EMPTY_ROWS": layout.empty_rows,
     }
-    return KernelLaunch(logit_variance_kernel, (layout.kv_blocks, batch * heads), arguments, tile.num_warps)
+    num_warps = variance_warps(layout.kv_block_size, head_dim)
+    return KernelLaunch(logit_variance_kernel, (layout.kv_blocks, batch * heads), arguments, num_warps)

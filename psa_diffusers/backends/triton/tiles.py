@@ -91,10 +91,9 @@ def pyramid_tile(kv_block_size: int, head_dim: int) -> PyramidTile:
     return PyramidTile(min(padded_head_dim(head_dim), max(16, 8192 // kv_block_size)), num_warps=4)
 
 
-def variance_tile(kv_block_size: int, head_dim: int) -> PyramidTile:
-    """16 numbers a thread, 32 in the largest blocks: many programs at a time are what hides the memory's latency."""
-    block_d = min(padded_head_dim(head_dim), max(16, 2048 // kv_block_size))
-    return PyramidTile(block_d, num_warps=4 if kv_block_size <= 256 else 16)
+def variance_warps(kv_block_size: int, head_dim: int) -> int:
+    """Of the logit variance kernel, one of whose programs holds a whole block: for 64 numbers a thread, or 32 warps."""
+    return max(4, min(32, kv_block_size * padded_head_dim(head_dim) // 2048))
 
 
 def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:
