@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from .errors import FAILED, WRONG_USAGE, CommandError, WrongUsageError, explain
 
@@ -37,7 +37,7 @@ class Processes:
     index, count = 0, 1
     device: str | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
