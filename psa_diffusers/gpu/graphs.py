@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ENABLED = os.environ.get("PSA_CUDA_GRAPHS", "1") != "0"
-_MOST_KEYS = 256  # of one recipe: layers times branches of a large model, and more
+_MOST_KEYS = 128  # of one recipe: layers times branches of a large model. A graph takes about 120 kB of the GPU
 _PATIENCE = 4  # how many graphs may be made for each that was of use, before no more are made
 
 
