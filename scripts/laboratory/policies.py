@@ -21,9 +21,9 @@ OUR_CONFIGS = {
     "ours, fitted": PSAConfig(value_correction="fitted"),
     "ours, fitted, 64 queries": PSAConfig(value_correction="fitted", **SMALL_BLOCKS),
     "ours, 64 queries": PSAConfig(**SMALL_BLOCKS),
-    "ours, logit variance": PSAConfig(logit_correction="variance"),
-    "ours, fitted, 64 queries, logit variance": PSAConfig(
-        value_correction="fitted", logit_correction="variance", **SMALL_BLOCKS
+    "ours, logits not corrected": PSAConfig(logit_correction="none"),
+    "ours, fitted, 64 queries, logits not corrected": PSAConfig(
+        value_correction="fitted", logit_correction="none", **SMALL_BLOCKS
     ),
 }
 ESTIMATES = {
@@ -59,13 +59,13 @@ def families() -> dict[str, dict[str, Policy]]:
     return {
         DEFAULT: {"default": budget_rule()},
         OURS: {
-            "default": budget_rule(),
+            "logit_correction=none": budget_rule(PSAConfig(logit_correction="none")),
             "logit_correction=variance": budget_rule(PSAConfig(logit_correction="variance")),
-            "value_correction=fitted": budget_rule(PSAConfig(value_correction="fitted")),
+            "value_correction=fitted": budget_rule(PSAConfig(value_correction="fitted", logit_correction="none")),
             "fitted, logit_correction=variance": budget_rule(
                 PSAConfig(value_correction="fitted", logit_correction="variance")
             ),
-            "value_correction=none": budget_rule(PSAConfig(value_correction="none")),
+            "value_correction=none": budget_rule(PSAConfig(value_correction="none", logit_correction="none")),
         },
         "binary, top-k": {name: quantiles(BINARY, config) for name, config in ORDERED.items()},
         "binary, threshold": {name: thresholds((1.0,) * 4, config) for name, config in ORDERED.items()},
