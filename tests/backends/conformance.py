@@ -315,7 +315,10 @@ def check_repeatable(attend, case: Case) -> None:
 
 
 def check_padding(attend, case: Case) -> None:
-    """Padded keys are not read, even if they are NaN; a sample of nothing but padding gives 0."""
+    """Padded keys are not read, even if they are NaN; a sample of nothing but padding gives 0.
+
+    Nor do padded queries, with as many queries as keys, move others through the logit correction.
+    """
     query, key, value = make_inputs(replace(case, batch=3))
     lengths = [case.key_length, max(1, case.key_length * 2 // 3), 0]
     plan = make_plan(replace(case, batch=3), lowest=1, key_lengths=lengths)
@@ -335,6 +338,15 @@ def check_padding(attend, case: Case) -> None:
         found, _ = attend(*cut, short, scale=case.scale)
         tolerance = 16 * torch.finfo(case.dtype).eps * max(1.0, cut[2].abs().max().item())
         torch.testing.assert_close(found, out[1:2], rtol=0, atol=tolerance)
+    if case.query_length == case.key_length:
+        options = {"scale": case.scale, "logit_correction": "variance"}
+        expected, _ = attend(query, key, value, plan, **options)
+        for sample, length in enumerate(lengths):
+            query[sample, length:] = torch.nan
+        found, _ = attend(query, key, value, plan, **options)
+        for sample, length in enumerate(lengths):
+            assert torch.equal(found[sample, :length], expected[sample, :length])
+            assert expected[sample, :length].isfinite().all()
 
 
 def positions_of_block(plan: Plan, block: int) -> Tensor:
