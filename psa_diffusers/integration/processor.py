@@ -457,10 +457,13 @@ def installed_processors(models: list[nn.Module]) -> list[PSAProcessor]:
 
 
 def _meant(config: Any) -> str:
-    """What someone who gives this for a config may want."""
+    """What was given for a config, and what may have been wanted."""
+    wanted = ""
     if isinstance(config, str):
-        return f" A preset is given by name: enable_psa(pipe, preset={config!r}), or PSAConfig.preset({config!r})."
-    return " Settings in a dict: PSAConfig.from_dict(settings)." if isinstance(config, dict) else ""
+        wanted = f"; a preset is given by name: enable_psa(pipe, preset={config!r}), or PSAConfig.preset({config!r})"
+    elif isinstance(config, dict):
+        wanted = "; make one of these settings: PSAConfig.from_dict(settings)"
+    return f"a {type(config).__name__}{wanted}"
 
 
 def _no_pipe() -> None:
