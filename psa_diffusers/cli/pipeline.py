@@ -76,13 +76,20 @@ class ModelSource:
         if self.folder is None:
             snapshot = Path(_download(self.location, "model_index.json")).parent
             return {**values, "revision": snapshot.name}
-        weights = sorted(self.folder.rglob("*.safetensors"))
-        if sum(file.stat().st_size for file in weights) <= HASHED_MODEL_BYTES:
-            digest = hashlib.sha256()
-            for file in weights:
-                digest.update(file.relative_to(self.folder).as_posix().encode() + b"\0" + file.read_bytes())
-            values["weights_sha256"] = digest.hexdigest()
+        try:
+            weights = sorted(self.folder.rglob("*.safetensors"))
+            if sum(file.stat().st_size for file in weights) <= HASHED_MODEL_BYTES:
+                values["weights_sha256"] = _digest_of(weights, self.folder)
+        except OSError as error:
+            raise broken_model(self.name, "its weights cannot be read", error) from error
         return values
+
+
+def _digest_of(files: list[Path], folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def broken_model(name: str, what: str, error: BaseException | None = None) -> WrongUsageError:

@@ -256,6 +256,32 @@ def test_settings_that_are_none(refused, broken_model, text):
     assert "is not complete or is corrupt" in refused(*PROMPT, model=broken_model)
 
 
+def test_weights_that_may_not_be_read(refused, broken_model, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    message = refused(*PROMPT, model=broken_model)
+    assert "its weights cannot be read" in message and "Permission denied" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"dense_layers": [0, 99]}, "dense_layers names 99, but transformer has blocks 0 to 1"),
+        ({"budget_schedule": [{"at": 0, "budget": [0.2] * 7}]}, "gives 7 budgets at 0, but transformer has 2 blocks"),
+        ({"budget_schedule": [{"at": 0, "budget": 0.2, "expert": "other"}]}, "names expert 'other'"),
+    ],
+)
+def test_settings_of_another_model(refused, psa_compare, calls, saved_model, tmp_path, settings, says):
+    file = tmp_path / "settings.yaml"
+    file.write_text(json.dumps(settings))
+    assert says in refused(*PROMPT, "--config", file)
+    run = psa_compare(*PROMPT, "--model", saved_model, "--config", file, "--output", tmp_path / "compared")
+    assert run.code == 2 and says in run.err and len(run.err.splitlines()) <= 2
+    assert calls == []  # nor was the dense video made first
+
+
 def test_a_component_that_is_not_there(refused, broken_model):
     shutil.rmtree(broken_model / "vae")
     assert "has no folder vae" in refused(*PROMPT, model=broken_model)
