@@ -83,10 +83,9 @@ def test_psa_compare_follows_it_beside_one_budget_for_all(tuned, psa_compare, sa
         for point in PSAConfig.load(tuned).budget_schedule
         for layer, budget in enumerate(point.budget)
     }
-    assert {key: budget for key, budget in own.items() if key[0]} == pytest.approx(given_budgets, rel=0.05)
-    assert {key: budget for key, budget in one.items() if key[0]} == pytest.approx(
-        dict.fromkeys(given_budgets, 0.3), 0.05
-    )
+    for found, expected in ((own, given_budgets), (one, dict.fromkeys(given_budgets, 0.3))):
+        sparse = {key: budget for key, budget in found.items() if key[0]}  # step 0 is dense
+        assert sparse == pytest.approx(expected, abs=0.02)  # of so few block pairs one costs that much
     with (tmp_path / "out" / "clips.csv").open(newline="") as file:
         asked = {row["setting"]: row["compute_budget_asked"] for row in csv.DictReader(file)}
     assert asked == {"dense": "", "tuned": "", "budget-0.3": "0.3"}

@@ -120,7 +120,7 @@ def test_tuned_settings_serve_other_runs(measured, tmp_path):
     pipe = calibrated(dense_warmup=0.5)
     calibration = psa_calibration(pipe)
     with pytest.raises(ValueError, match=r"Calibration\.tuned: nothing was measured yet; run the pipeline once"):
-        calibration.tuned
+        _ = calibration.tuned
     expected = generate(pipe, steps=4)
     assert calibration.tuned == PSAConfig(**{**calibration.config.to_dict(), "budget_schedule": calibration.schedule})
     calibration.tuned.save(tmp_path / "tuned.yaml")

@@ -118,7 +118,7 @@ def test_how_it_works(run):
 
 
 def test_choosing_a_budget(run):
-    """The default has the least error of all presets, at the least budget; calibrated budgets are closer for the same."""
+    """The default has the least error of all presets, at the least budget; calibrated budgets are closer still."""
     notebook = run("choosing_a_budget")
     (table,) = shown(notebook, "text/markdown")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
