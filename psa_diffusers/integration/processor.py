@@ -282,7 +282,7 @@ class PSAProcessor(SparseProcessor):
         if slot.self_attention and slot.sparse:
             self._slot = slot
             return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
-        if slot.self_attention and not torch.compiler.is_compiling():
+        if slot.self_attention and not torch.compiler.is_compiling() and not kwargs.get(slot.left_out):
             self.statistics.count_dense(slot.dense_reason, self._call.calls, layer=slot.layer)
         return slot.native(attn, *args, **kwargs)
 

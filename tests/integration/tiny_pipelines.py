@@ -37,7 +37,6 @@ class TinyPipeline:
         changes: To the transformer's configuration.
         parts: Makes parts that the pipeline cannot do without.
         after: Changes to the finished pipeline.
-        left_out: Calls more of a step whose attention guidance leaves out: counted where they are dense.
         windows: How often the steps are gone through.
     """
 
@@ -50,7 +49,6 @@ class TinyPipeline:
     changes: dict[str, Any] = field(default_factory=dict)
     parts: Callable[[], dict[str, Any]] = dict
     after: Callable[[Any], None] = lambda pipe: None
-    left_out: int = 0
     windows: int = 1
 
     def build(self):
@@ -206,7 +204,6 @@ PIPELINES = {
         FLOW,
         {**LTX_2, "spatio_temporal_guidance_blocks": [0], "modality_scale": 3.0},
         calls=2 + 1 + 2,  # in the perturbed forward one block leaves its attention out
-        left_out=1,
         tiny="ltx-2-perturbed",
         changes=SOUND,
         after=connected,
