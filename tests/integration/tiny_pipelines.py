@@ -216,6 +216,34 @@ PIPELINES = {
         tiny="kandinsky-6",
         after=sounding,
     ),
+    "kandinsky-5-i2v": TinyPipeline(
+        "Kandinsky5I2VPipeline",
+        FLOW,
+        {
+            **SIZE | {"num_frames": 25},  # its first four take the brightness of the others
+            "image": IMAGE,
+            **{f"{sign}prompt_embeds_qwen": noise(1, TEXT, 16, seed=i) for i, sign in enumerate(("", "negative_"))},
+            **{f"{sign}prompt_embeds_clip": noise(1, 8, seed=i) for i, sign in enumerate(("", "negative_"))},
+            **{f"{sign}prompt_cu_seqlens": torch.tensor([0, TEXT], dtype=torch.int32) for sign in ("", "negative_")},
+        },
+        calls=2 * 2,
+        tiny="kandinsky-5",
+        changes={"visual_cond": True},
+    ),
+    "easyanimate-inpaint": TinyPipeline(
+        "EasyAnimateInpaintPipeline",
+        FLOW,
+        {
+            **SIZE,
+            **PROMPTS,
+            **masks("prompt_attention_mask", "negative_prompt_attention_mask"),
+            "video": noise(1, 3, 9, 64, 80),
+            "mask_video": torch.full((1, 1, 9, 64, 80), 255.0),  # all of it is to be drawn
+        },
+        calls=2,
+        tiny="easyanimate",
+        changes={"in_channels": 9},
+    ),
     "cosmos": TinyPipeline(
         "CosmosTextToWorldPipeline",
         "EDMEulerScheduler",
