@@ -83,9 +83,7 @@ class PSAProcessor(SparseProcessor):
         if isinstance(pipe_or_model, PSAConfig) and config is None:
             pipe_or_model, config = None, pipe_or_model  # says what is missing when it is called
         if config is not None and not isinstance(config, PSAConfig):
-            raise TypeError(
-                f"PSAProcessor: config must be a PSAConfig, but is a {type(config).__name__}.{_meant(config)}"
-            )
+            raise TypeError(f"PSAProcessor: config must be a PSAConfig, but is {_meant(config)}.")
         self.config = config or PSAConfig()
         self.calibration = Calibration(self.config) if calibrate else None
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []

@@ -203,10 +203,21 @@ def test_what_is_no_pipeline(thing):
     for function in (enable_psa, disable_psa, PSAProcessor, psa_statistics):
         with pytest.raises(TypeError, match="needs a diffusers pipeline or a transformer"):
             function(thing)
-    with pytest.raises(TypeError, match=r"config must be a PSAConfig, but is a dict.*PSAConfig\.from_dict\(settings\)"):
-        PSAProcessor(pipeline(), {"compute_budget": 0.2})
-    with pytest.raises(TypeError, match=r"but is a str.*enable_psa\(pipe, preset='psa-3'\)"):
-        enable_psa(pipeline(), "psa-3")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "a int"),
+        ({"seed": 1}, "a dict; make one of these settings: PSAConfig.from_dict(settings)"),
+        ("psa-3", "a str; a preset is given by name: enable_psa(pipe, preset='psa-3'), or PSAConfig.preset('psa-3')"),
+    ],
+)
+def test_a_config_that_is_none(given, words):
+    for function in (enable_psa, PSAProcessor):
+        with pytest.raises(TypeError) as error:
+            function(pipeline(), given)
+        assert str(error.value) == f"PSAProcessor: config must be a PSAConfig, but is {words}."
 
 
 def test_unknown_transformers_stay_dense_with_a_warning(caplog):
