@@ -226,7 +226,7 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
         dtypes["vae"] = torch.float32
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
-        with _quiet_loading():
+        with quiet_loading():
             pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, **{name: dtypes})
     except torch.OutOfMemoryError as error:
         raise CommandError(f"{source.name} does not fit in memory; try --offload or --dtype.") from error
@@ -241,13 +241,13 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        with _quiet_loading():  # it warns of float16 on a CPU, which was tried out before
+        with quiet_loading():  # it warns of float16 on a CPU, which was tried out before
             pipe.to(device)
     return pipe
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No bars and no remarks of the libraries while loading: psa-generate has its own bar, and its own errors."""
     import diffusers
     import transformers
