@@ -30,11 +30,10 @@ def choose_planner(
 
 def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str | None:
     """Why the planning kernels cannot be used, as a clause for a message; None if they can."""
-    wanted = {"rule": "budget", "importance": "sampled", "importance_reduction": "sum"}
-    wanted |= dict.fromkeys(("similarity_thresholds", "target_error"))
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            return f"they plan with {name}={value!r} alone, but it is {getattr(config, name)!r}"
+    if config.target_error is not None:
+        return f"they plan with target_error=None alone, but it is {config.target_error!r}"
+    if config.importance == "antidiagonal":
+        return "they plan with importance 'sampled' or 'pooled' alone, but it is 'antidiagonal'"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and they are not part of its graph"
     if query.device.type != "cuda" and not (_is_interpreted() and query.device.type == "cpu"):
