@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -48,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x12", "16384x12"], metavar="TOKENSxHEADS[xHEAD_DIM]")
     parser.add_argument("--presets", nargs="+", default=["default"], choices=list(PSAConfig.presets()), metavar="NAME")
-    parser.add_argument("--cap", type=float, nargs="+", help="similarity thresholds, for levels 2 and up")
+    parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="what differs from the preset")
     parser.add_argument("--torch", action="store_true", help="also time the planner of torch operators")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--csv", type=Path)
@@ -56,7 +57,7 @@ def main() -> int:
     rows = []
     for shape, preset in itertools.product(options.shapes, options.presets):
         sizes = read_shape(shape)
-        config = replace(PSAConfig.preset(preset), similarity_thresholds=options.cap)
+        config = replace(PSAConfig.preset(preset), **options.settings)
         times = measure(*sizes, config, options.repeats, options.torch)
         dense = times["dense"][1]
         for stage, (launches, ms) in times.items():

@@ -32,8 +32,6 @@ def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str |
     """Why the planning kernels cannot be used, as a clause for a message; None if they can."""
     if config.target_error is not None:
         return f"they plan with target_error=None alone, but it is {config.target_error!r}"
-    if config.importance == "antidiagonal":
-        return "they plan with importance 'sampled' or 'pooled' alone, but it is 'antidiagonal'"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and they are not part of its graph"
     if query.device.type != "cuda" and not (_is_interpreted() and query.device.type == "cpu"):

@@ -105,9 +105,11 @@ RULES = [
     {"rule": "threshold", "importance_reduction": "max"},
     {"rule": "topk", "importance": "pooled"},
     {"rule": "threshold", "importance": "pooled", "similarity_thresholds": CAP},
+    {"rule": "topk", "importance": "antidiagonal"},
     {"similarity_thresholds": CAP},
     {"importance_reduction": "max"},
     {"importance": "pooled"},
+    {"importance": "antidiagonal", "importance_reduction": "max"},
 ]
 
 
@@ -116,7 +118,7 @@ def test_plans_are_those_of_torch(settings):
     check(*inputs(), PSAConfig(**settings), grid=GRID)
 
 
-@pytest.mark.parametrize("settings", RULES[:7], ids=str)
+@pytest.mark.parametrize("settings", RULES[:8], ids=str)
 def test_padding_and_full_tokens(settings):
     query, key, value = inputs(batch=2, dtype=torch.float16, head_dim=64)
     config = PSAConfig(**settings)
@@ -134,7 +136,7 @@ def test_kernel_for_hopper(preset, monkeypatch):
     check(*inputs(), dataclasses.replace(PSAConfig.preset(preset), seed=104), grid=GRID)
 
 
-@pytest.mark.parametrize("settings", RULES[1:8:2], ids=str)
+@pytest.mark.parametrize("settings", RULES[1:9:2], ids=str)
 def test_nothing_waits_for_the_device(settings):
     tensors, config = inputs(), PSAConfig(**settings)
     expected = build_plan(*tensors, config, grid=GRID).level_mask

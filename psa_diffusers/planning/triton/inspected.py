@@ -17,7 +17,7 @@ from .planner import level_plan
 PLANNING_KERNELS = ("statistics", "centroids", "masses", "shares", "prices", "bins", "levels")
 # Those that the rules without a budget, other importances and the similarity cap add. "ranks+threshold" is the rows'
 # kernel by another rule, "masses+max" that of the masses by another reduction.
-RULE_KERNELS = ("key_samples", "masses+max", "means", "similarity")
+RULE_KERNELS = ("key_samples", "masses+max", "shares+max", "means", "similarity", "strided_masses")
 ROW_KERNELS = ("ranks", "ranks+threshold")
 HOPPER_PLANNING_KERNELS = ("hopper_centroids", "hopper_masses", "hopper_masses+max")  # sm_90 alone, for long videos
 
@@ -72,6 +72,8 @@ def _rule_of(kernel: str, variant: str, case: PlanningCase) -> dict[str, object]
     settings = {"similarity_thresholds": [0.5] * (case.num_levels - 1)} if has_cap else {}
     if kernel == "means":
         return settings | {"importance": "pooled"}
+    if kernel == "strided_masses":
+        return settings | {"importance": "antidiagonal"}
     if variant == "max":
         return settings | {"importance_reduction": "max"}
     if variant == "threshold":

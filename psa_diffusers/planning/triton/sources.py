@@ -17,11 +17,13 @@ from torch import Tensor
 from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
+from ..importance import STRIDE
 from .key_samples import KeySamples, empty_key_samples, key_samples_launch
 from .mass_buffers import Masses, MassesLayout, empty_masses, heads_at_a_time, masses_layout
 from .masses import masses_launch
 from .means import empty_means, means_launch
 from .samples import sampled_draws, sampled_positions
+from .strided_masses import Groups, StridedMasses, strided_layout
 
 MASSES_BYTES = 2**25  # of masses are made at a time, or a quarter of the keys' memory if that is more
 
@@ -32,13 +34,13 @@ class MassSource(Protocol):
     Attributes:
         query: tensor [batch, any, heads, any] of the masses' batch, heads, device and precision.
         positions: int32 [query_blocks, samples], where the queries stand that stand for a block; -1 for none.
-        counts: int32 [batch, kv_blocks], real keys.
+        counts: int32 [batch, kv_blocks], real keys; may be None where no block lacks all.
         is_max: a mass is that of a block's largest sample, and the largest of a query block's counts.
     """
 
     query: Tensor
     positions: Tensor
-    counts: Tensor
+    counts: Tensor | None
     layout: MassesLayout
     is_max: bool
 
@@ -121,6 +123,8 @@ def prepare_source(
     known = {"scale": scale, "full_blocks": full_blocks, "target": target}
     if config.importance == "pooled":
         return _pooled(query, key, config, order, key_lengths, **known)
+    if config.importance == "antidiagonal":
+        return _antidiagonal(query, key, config, order, key_lengths, keys, scale, target)
     (positions, _), launches, constants = sampled_positions(query, config), [], []
     if keys is None:
         keys, draws = empty_key_samples(key, config.kv_block_size, config.sampled_keys), sampled_draws(key, config)
@@ -160,6 +164,59 @@ def _pooled(
 def _each(count: int, device: torch.device) -> Tensor:
     """int32 [count, 1]: a sample a block."""
     return torch.arange(count, dtype=torch.int32)[:, None].to(device)
+
+
+def _antidiagonal(
+    query: Tensor,
+    key: Tensor,
+    config: PSAConfig,
+    order: Tensor | None,
+    key_lengths: Tensor | None,
+    keys: KeySamples | None,
+    scale: float,
+    target: str,
+) -> Prepared:
+    """Groups of queries before groups of keys. Means of those that lack tokens are made first, where there are any."""
+    sizes = config.query_block_size, config.kv_block_size
+    stride = min(STRIDE, *sizes)
+    per_block = sizes[0] // stride, sizes[1] // stride
+    launches, constants, groups = [], [], []
+    for tokens, lengths in ((query, None), (key, key_lengths)):
+        means = None
+        if lengths is not None or tokens.shape[1] % stride:
+            means = empty_means(tokens, stride, dtype=tokens.dtype, heads_first=True)
+            launches.append(means_launch(tokens, means, stride, order=order, lengths=lengths))
+        groups.append(Groups(tokens, means))
+    if keys is None and key_lengths is not None:  # for the blocks' counts of real keys
+        keys, draws = empty_key_samples(key, sizes[1], 1), sampled_draws(key, config)
+        where = {"order": order, "key_lengths": key_lengths, "kv_block_size": sizes[1]}
+        launches.append(key_samples_launch(key, keys, draws, **where))
+        constants.append(draws)
+    blocks = ceil_div(query.shape[1], sizes[0]), ceil_div(key.shape[1], sizes[1])
+    positions = _groups_of_blocks(ceil_div(query.shape[1], stride), blocks[0], per_block[0], query.device)
+    source = StridedMasses(
+        query=query,
+        queries=groups[0],
+        keys=groups[1],
+        positions=positions,
+        counts=None if keys is None else keys.counts,
+        order=order,
+        key_lengths=key_lengths,
+        layout=strided_layout(query, *blocks, per_block, target),
+        stride=stride,
+        kv_block_size=sizes[1],
+        scale=scale,
+        is_max=config.importance_reduction == "max",
+        target=target,
+    )
+    return Prepared(source, launches, [positions, *constants])
+
+
+@lru_cache(maxsize=64)
+def _groups_of_blocks(groups: int, blocks: int, per_block: int, device: torch.device) -> Tensor:
+    """int32 [blocks, per_block]: the groups of each block, -1 for none."""
+    numbers = torch.arange(blocks * per_block, dtype=torch.int32)
+    return torch.where(numbers < groups, numbers, -1).view(blocks, per_block).to(device)
 
 
 def massed_heads(source: MassSource, key: Tensor, config: PSAConfig) -> Iterator[tuple[Masses, range, KernelLaunch]]:

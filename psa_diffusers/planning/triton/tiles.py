@@ -54,6 +54,18 @@ def masses_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 128, 8, 1 if wide else 2)
 
 
+def strided_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """Groups of queries x groups of keys; both operands come anew for each token of a group."""
+    wide = padded_head_dim(head_dim) > 128
+    if dtype == torch.float32:
+        return Tile(32, 64, 4, 1)
+    if target.startswith("gfx"):
+        return Tile(64, 64, 4, 1)
+    if has_large_shared_memory(target):
+        return Tile(128, 128, 8, 2 if wide else 3)
+    return Tile(64, 64, 4, 1 if wide else 2)
+
+
 def shares_tile(target: str, dtype: torch.dtype) -> Tile:
     """Query blocks x kv blocks whose masses are divided and averaged."""
     if dtype == torch.float32:
