@@ -18,7 +18,7 @@ def choose_planner(
     query: Tensor, key_length: int, config: PSAConfig, heads_group: Any | None = None
 ) -> tuple[str, str]:
     """The planner for these queries [batch, seq, heads, head_dim], and why: (name, a sentence for reports)."""
-    if heads_group is not None:
+    if heads_group is not None and config.rule == "budget":  # which has one price for all heads
         return "torch", "The planning kernels are not used: other processes hold heads of the layer."
     if config.backend in ("torch", "reference"):
         return "torch", f"The config asks for backend {config.backend!r}."

@@ -39,9 +39,11 @@ def test_topk_is_exactly_that_of_torch(interpreter, fractions, make):
     assert torch.equal(levels_of(interpreter, score, config), expected_levels(score, config))
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1, 3, 1182)], ids=str)
 @pytest.mark.parametrize("thresholds", THRESHOLDS, ids=str)
-def test_threshold_is_exactly_that_of_torch_where_sums_are_exact(interpreter, thresholds):
-    score, config = exact_scores(SHAPE), threshold(thresholds)
+def test_threshold_is_exactly_that_of_torch_where_sums_are_exact(interpreter, thresholds, shape):
+    """Some blocks of the long rows have no mass at all."""
+    score, config = exact_scores(shape), threshold(thresholds)
     assert torch.equal(levels_of(interpreter, score, config), expected_levels(score, config))
 
 
@@ -53,11 +55,20 @@ def test_threshold_takes_ties_in_order(interpreter):
 
 
 def test_threshold_of_any_scores(interpreter):
-    """Sums are rounded in float64 by the definition, in whole numbers of 49 bits here: too little to show."""
+    """Sums are rounded in float64 by the definition, in whole numbers of 30 bits here: too little to show."""
     score = random_scores((1, 1, 12, 300)) ** 2
     score[..., :6, :] *= 1e-20  # the scale of a row does not matter
     for config in (threshold((0.7, 0.8, 0.9, 0.9)), threshold((0.3, 0.95, 0.99, 0.999))):
         assert torch.equal(levels_of(interpreter, score, config), expected_levels(score, config))
+
+
+def test_threshold_of_everything(interpreter):
+    """All that has any mass, however little: peaked rows leave most blocks less than a sum can resolve."""
+    score, config = random_scores((1, 1, 4, 60)) ** 8, threshold((0.5, 0.9, 0.99, 1.0))
+    levels = levels_of(interpreter, score, config)
+    assert (levels > 0).all()
+    expected = expected_levels(score, config)
+    assert torch.equal(levels[expected > 0], expected[expected > 0])
 
 
 @pytest.mark.parametrize("config", [topk(FRACTIONS[0]), topk(FRACTIONS[3]), threshold(THRESHOLDS[0])], ids=str)

@@ -62,7 +62,7 @@ def test_threshold_is_exactly_that_of_torch_where_sums_are_exact(shape):
 def test_threshold_of_any_scores():
     score, config = random_scores((4, 10, 100, 1182)), threshold((0.7, 0.8, 0.9, 0.9))
     apart = levels_of(score, config) != expected_levels(score, config)
-    assert int(apart.sum()) <= 1e-5 * apart.numel()
+    assert int(apart.sum()) <= 1e-4 * apart.numel()
 
 
 @pytest.mark.parametrize("config", [topk(FRACTIONS[0]), threshold(THRESHOLDS[0])], ids=["topk", "threshold"])

@@ -1,9 +1,11 @@
 """Levels by the rules of the paper, ``topk`` and ``threshold``: what :mod:`..levels` defines, without a sort.
 
 A program holds a row of scores. A rule cuts the row in rank order, at most once a level: at a number of blocks (topk)
-or at a share of their mass (threshold). Where a cut lies is found by halving an interval of scores, which, being no
-negative numbers, are ordered as their bits are; what is left in it, in the end equal scores, is taken in index order.
-Masses are added up as whole numbers, so that no order of adding changes them.
+or at a share of their mass (threshold). Where the cuts lie is found by halving an interval of scores for each, which,
+being no negative numbers, are ordered as their bits are; what is left in it, in the end equal scores, is taken in index
+order.
+Masses are added up as whole numbers, so that no order of adding changes them: in units of 2^-30 of a row's, or more, so
+that a cut is off by 4e-6 of it at most where the definition adds in float64.
 """
 
 from __future__ import annotations
@@ -22,16 +24,15 @@ from ...gpu.sizes import next_power_of_2
 from .mass_buffers import Masses, MassesLayout
 from .shares import RUN
 
-MAX_KV_BLOCKS = 8192  # of a row: a mass has up to 49 bits, and the sum of a row's fits 62
-SAMPLES_AT_A_TIME = 4  # whose masses are under way together
-UNIT_EXPONENT = tl.constexpr(1023 + 127 + 48)  # of the largest mass, 49 bits; and the biases of float64 and float32
+MAX_KV_BLOCKS = 8192  # of a row, that registers hold
+SAMPLES_AT_A_TIME = 8  # whose masses are under way together
 
 
 class Cuts(NamedTuple):
     """Where a row is cut: what is before cut c in rank order, and before none that follows it, gets ``levels[c]``."""
 
     is_threshold: bool
-    places: Tensor  # float64 [cuts]: shares of the row's mass (threshold) or of its blocks (topk); falling
+    places: Tensor  # float64: shares of the row's mass or of its blocks, falling; the last up to a power of two of them
     levels: Tensor  # int32 [cuts]
 
 
@@ -51,10 +52,10 @@ def _make_cuts(rule: str, values: tuple[float, ...], device: torch.device) -> Cu
     is_threshold = rule == "threshold" and bool(cuts)
     cuts = cuts or [(0.0, 1)]  # no block before any cut: as with topk the top one alone
     cuts.reverse()
-    places = torch.tensor([end for end, _ in cuts], dtype=torch.float64)
-    return Cuts(
-        is_threshold, places.to(device), torch.tensor([level for _, level in cuts], dtype=torch.int32).to(device)
-    )
+    more = next_power_of_2(len(cuts)) - len(cuts)
+    places = torch.tensor([end for end, _ in cuts + cuts[-1:] * more], dtype=torch.float64)
+    levels = torch.tensor([level for _, level in cuts], dtype=torch.int32)
+    return Cuts(is_threshold, places.to(device), levels.to(device))
 
 
 @triton.jit
@@ -91,23 +92,22 @@ def _scores(
 
 
 @triton.jit
-def _whole_masses(score, bits):
-    """int64: the scores in units that leave the largest 49 bits. Exact but for scores below 2^-25 of the largest."""
-    exponent = (tl.maximum(tl.max(bits, axis=0), 0) >> 23).to(tl.int64)
-    unit = ((-exponent + UNIT_EXPONENT) << 52).to(tl.float64, bitcast=True)
-    return (score.to(tl.float64) * unit).to(tl.int64)
+def _mass_unit(score):
+    """float32: a power of two that makes the sum of all scores a number of 30 bits; any for a sum of 0."""
+    exponent = tl.sum(score, axis=0).to(tl.int32, bitcast=True) >> 23
+    return (tl.minimum(2 * 127 + 29 - exponent, 254) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _narrowed(bits, amount, goal, low, high, low_sum, high_sum, width):
-    """Halves the interval [low, high) down to ``width``, or until nothing beyond the goal is left in it.
+    """Halves each cut's interval [low, high) down to ``width``, or until nothing beyond its goal is left in it.
 
     The amounts of the entries from ``low`` on add up to ``low_sum``, not below the goal, those from ``high`` on to
-    ``high_sum``, below it.
+    ``high_sum``, below it. All are [CUTS].
     """
-    while (high - low > width) & (low_sum > goal):
+    while tl.max(((high - low > width) & (low_sum > goal)).to(tl.int32), axis=0) > 0:
         middle = low + (high - low) // 2
-        total = tl.sum(tl.where(bits >= middle, amount, 0), axis=0)
+        total = tl.sum(tl.where(bits[None, :] >= middle[:, None], amount[None, :], 0), axis=1)
         is_enough = total >= goal
         low = tl.where(is_enough, middle, low)
         low_sum = tl.where(is_enough, total, low_sum)
@@ -117,22 +117,39 @@ def _narrowed(bits, amount, goal, low, high, low_sum, high_sum, width):
 
 
 @triton.jit
-def _is_before(bits, amount, total, goal):
-    """bool [BLOCK_N]: whether the amounts of all entries of lower rank add up to less than ``goal``.
+def _intervals(bits, amount, total, goal, unit):
+    """Of each cut the interval of scores in which its goal is reached, what is needed of it, and an entry's amount.
+
+    Entries from ``high`` on are before the goal, and of those from ``low`` on as many, in index order, as are needed:
+    the next one as long as those before it add up to less. All [CUTS].
 
     Args:
         bits: int32 [BLOCK_N], of the scores; -1 for entries that do not count.
-        amount: of the entries, 0 for those. ``total`` is their sum; ``goal``, at most that or 1, of the same type.
+        amount: of the entries, 0 for those. ``total`` is their sum.
+        goal: [CUTS], at most the total or 1.
+        unit: what an entry's amount is its score times of; None = all amounts are 1.
     """
-    low = tl.zeros([], tl.int32)
-    high = tl.max(bits, axis=0) + 1
-    low, high, low_sum, high_sum = _narrowed(bits, amount, goal, low, high, total, tl.zeros_like(total), 1024)
-    is_left = (bits >= low) & (bits < high)
-    if tl.sum(is_left.to(tl.int32), axis=0) > 1:  # else the one entry is the last before the goal
+    low = tl.zeros_like(goal)
+    high = low + tl.max(bits, axis=0) + 1
+    low_sum = tl.zeros_like(goal) + total
+    low, high, low_sum, high_sum = _narrowed(bits, amount, goal, low, high, low_sum, tl.zeros_like(goal), 1024)
+    is_inside = (bits[None, :] >= low[:, None]) & (bits[None, :] < high[:, None])
+    count = tl.sum(is_inside.to(tl.int32), axis=1)
+    if tl.max(count, axis=0) > 1:
         low, high, low_sum, high_sum = _narrowed(bits, amount, goal, low, high, low_sum, high_sum, 1)
-        is_left = (bits >= low) & (bits < high)
-    left = tl.where(is_left, amount, 0)
-    return (bits >= high) | (is_left & (tl.cumsum(left, axis=0) - left < goal - high_sum))
+        is_inside = (bits[None, :] >= low[:, None]) & (bits[None, :] < high[:, None])
+        count = tl.sum(is_inside.to(tl.int32), axis=1)
+    # By now there is one entry, or all are exactly ``low``, or the last of them reaches the goal.
+    each = tl.zeros_like(goal) + 1
+    if unit is not None:
+        each = tl.maximum((low.to(tl.float32, bitcast=True) * unit).to(tl.int32), 1)
+    return low, high, tl.where(low_sum > goal, goal - high_sum, each * count), each
+
+
+@triton.jit
+def _of_cut(values, cut):
+    """One of [CUTS] numbers."""
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == cut, values, 0), axis=0)
 
 
 @triton.jit
@@ -161,6 +178,7 @@ def ranks_kernel(
     BLOCK_N: tl.constexpr,
     BLOCKS_N: tl.constexpr,
     RUN: tl.constexpr,
+    CUTS: tl.constexpr,
     IS_MAX: tl.constexpr,
     IS_THRESHOLD: tl.constexpr,
 ):
@@ -191,17 +209,26 @@ def ranks_kernel(
     score = tl.where(is_counted & (score > 0.0), tl.minimum(score, 3.0e38), 0.0)  # also where it is NaN
     bits = tl.where(is_counted, score.to(tl.int32, bitcast=True), -1)
 
-    amount = _whole_masses(score, bits) if IS_THRESHOLD else is_counted.to(tl.int32)
+    unit = _mass_unit(score) if IS_THRESHOLD else None
+    amount = (score * unit).to(tl.int32) if IS_THRESHOLD else is_counted.to(tl.int32)
     total = tl.sum(amount, axis=0)
+    place = tl.load(places + tl.arange(0, CUTS))
+    if IS_THRESHOLD:
+        goal = tl.maximum(tl.minimum(tl.ceil(place * total.to(tl.float64)).to(tl.int32), total), 1)
+    else:  # shares such as 0.15 + 0.1 may fall short of the half that they stand for
+        goal = tl.floor(place * total.to(tl.float64) + (0.5 + 1e-9)).to(tl.int32)
+    low, high, needed, each = _intervals(bits, amount, total, goal, unit)
+    if IS_THRESHOLD:  # before the last entry that has any mass the whole of it is never reached
+        high = tl.where(place >= 1.0, 1, high)
+    has_rank = is_counted & ((amount > 0) | (total == 0))  # without mass an entry is behind the others
     level = tl.zeros([BLOCK_N], tl.int32)
     for cut in range(cuts):
-        place = tl.load(places + cut)
-        if IS_THRESHOLD:
-            goal = tl.ceil(place * total.to(tl.float64)).to(tl.int64)
-            goal = tl.maximum(tl.minimum(goal, total), 1)
-        else:  # shares such as 0.15 + 0.1 may fall short of the half that they stand for
-            goal = tl.floor(place * total.to(tl.float64) + (0.5 + 1e-9)).to(tl.int32)
-        is_before = _is_before(bits, amount, total, goal)
+        is_left = (bits >= _of_cut(low, cut)) & (bits < _of_cut(high, cut))
+        need = _of_cut(needed, cut)
+        one = _of_cut(each, cut)
+        if (tl.sum(is_left.to(tl.int32), axis=0) - 1) * one >= need:
+            is_left = is_left & ((tl.cumsum(is_left.to(tl.int32), axis=0) - 1) * one < need)
+        is_before = (bits >= _of_cut(high, cut)) | (is_left & has_rank)
         level = tl.where(is_before, tl.load(cut_levels + cut), level)
     if not IS_THRESHOLD:  # a row left with nothing keeps its top block
         is_top = (bits == tl.max(bits, axis=0)) & is_counted
@@ -263,15 +290,16 @@ def ranks_launch(
         "rows_of_head": layout.rows,
         "width": masses.mass.shape[1],
         "tiles": layout.tiles,
-        "cuts": len(cuts.places),
+        "cuts": len(cuts.levels),
         "PADDED": layout.padded,
         "STEP": min(layout.padded, SAMPLES_AT_A_TIME),
         "BLOCK_N": block_n,
         "BLOCKS_N": layout.blocks_n,
         "RUN": min(RUN, layout.blocks_n),
+        "CUTS": len(cuts.places),
         "IS_MAX": is_max,
         "IS_THRESHOLD": cuts.is_threshold,
     }
-    # 8 scores a thread, what registers hold of long rows: one warp for short ones, whose sums then cross no warp.
-    num_warps = min(16, max(1, block_n // 256))
+    # 16 scores a thread: more would spill, fewer make more of the sums' steps. Sums of short rows cross no warp.
+    num_warps = min(16, max(1, block_n // 512))
     return KernelLaunch(ranks_kernel, (query_blocks, len(heads), batch), arguments, num_warps)
