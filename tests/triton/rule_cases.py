@@ -18,7 +18,7 @@ FRACTIONS = [
     (0, 0, 0, 0.01),
 ]
 # Of mass: the paper's, none, all of it, levels that no block can get.
-THRESHOLDS = [(0.7, 0.8, 0.9, 0.9), (0, 0, 0, 0), (0.25, 0.5, 0.75, 1.0), (0, 0.5, 0.375, 0.75)]
+THRESHOLDS = [(0.7, 0.8, 0.9, 0.9), (0, 0, 0, 0), (0.25, 0.5, 0.75, 1.0), (0, 0.5, 0.375, 0.75), (0, 0, 0, 1.0)]
 
 
 def topk(fractions: tuple[float, ...]) -> PSAConfig:

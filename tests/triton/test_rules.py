@@ -39,6 +39,15 @@ def test_topk_is_exactly_that_of_torch(interpreter, fractions, make):
     assert torch.equal(levels_of(interpreter, score, config), expected_levels(score, config))
 
 
+def test_topk_rounds_halves_up(interpreter):
+    """Of 50 blocks a quarter is 12.5, and 0.05 + 0.05 + 0.35, whose sum falls short, 22.5."""
+    for fractions in ((0.25, 0, 0, 0), (0.05, 0.05, 0.35, 0)):
+        score, config = random_scores((1, 1, 1, 50)), topk(fractions)
+        levels = levels_of(interpreter, score, config)
+        assert torch.equal(levels, expected_levels(score, config))
+        assert int((levels > 0).sum()) == (23 if fractions[1] else 13)
+
+
 @pytest.mark.parametrize("shape", [SHAPE, (1, 1, 3, 1182)], ids=str)
 @pytest.mark.parametrize("thresholds", THRESHOLDS, ids=str)
 def test_threshold_is_exactly_that_of_torch_where_sums_are_exact(interpreter, thresholds, shape):
@@ -135,16 +144,37 @@ PLANS = [
 
 @pytest.mark.parametrize("settings, options", PLANS, ids=str)
 def test_whole_plan(interpreter, settings, options):
-    query, key, value = video_like_qkv(2, (4, 7, 5), 2, 24, dtype=torch.float32)
-    for sample, length in enumerate(options.get("key_lengths", ())):
+    lengths = options.get("key_lengths", ())
+    sizes = (2, 1) if lengths else (1, 2)  # samples, heads
+    query, key, value = video_like_qkv(sizes[0], (4, 7, 5), sizes[1], 24, dtype=torch.float32)
+    for sample, length in enumerate(lengths):
         key[sample, length:] = value[sample, length:] = torch.nan  # padding may hold anything
     config = PSAConfig(**SMALL | settings)
-    plan, again = (interpreter.call(CHECKS, "plan", query, key, value, config, **options) for _ in range(2))
+    plan = interpreter.call(CHECKS, "plan", query, key, value, config, **options)
     expected = build_plan(query, key, value, config, **options)
     assert (plan.planner, expected.planner) == ("triton", "torch")
-    assert torch.equal(plan.level_mask, again.level_mask)
     assert (plan.level_mask == expected.level_mask).double().mean() >= 0.99
     assert abs(plan.compute_budget - expected.compute_budget) <= 2 / plan.level_mask[0].numel()
+
+
+def test_tail_behind_whole_blocks(interpreter):
+    """Of 132 kv blocks the first 128 take the way of blocks that miss nothing; the last one has 9 keys."""
+    query, key, value = video_like_qkv(1, (3, 27, 26), 1, 16, dtype=torch.float32)
+    query, key, value = (tensor[:, :2105] for tensor in (query, key, value))
+    config = PSAConfig(query_block_size=512, kv_block_size=16, rule="threshold", importance="pooled")
+    found = interpreter.call(CHECKS, "plan", query, key, value, config).level_mask
+    assert torch.equal(found, build_plan(query, key, value, config).level_mask)
+
+
+def test_a_second_call_takes_its_own_tensors(interpreter):
+    """Launches and tables are remembered by shape; the values and the padding may be others."""
+    query, key, value = video_like_qkv(1, (1, 7, 10), 1, 16, dtype=torch.float32)
+    for importance in ("sampled", "pooled", "antidiagonal"):
+        config = PSAConfig(**SMALL, rule="topk", importance=importance, similarity_thresholds=CAP)
+        for tensors, lengths in (((query, key, value), [70]), ((key, query, value), [33])):
+            found = interpreter.call(CHECKS, "plan", *tensors, config, key_lengths=lengths).level_mask
+            expected = build_plan(*tensors, config, key_lengths=lengths).level_mask
+            assert torch.equal(found, expected)
 
 
 def test_masses_of_a_few_heads_at_a_time(interpreter):

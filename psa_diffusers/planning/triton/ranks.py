@@ -218,9 +218,10 @@ def ranks_kernel(
     else:  # shares such as 0.15 + 0.1 may fall short of the half that they stand for
         goal = tl.floor(place * total.to(tl.float64) + (0.5 + 1e-9)).to(tl.int32)
     low, high, needed, each = _intervals(bits, amount, total, goal, unit)
-    if IS_THRESHOLD:  # before the last entry that has any mass the whole of it is never reached
-        high = tl.where(place >= 1.0, 1, high)
-    has_rank = is_counted & ((amount > 0) | (total == 0))  # without mass an entry is behind the others
+    if IS_THRESHOLD:  # before the last entry that has any mass the whole of it is never reached, behind that one it is
+        is_whole = (goal >= total) & (total > 0)
+        low = tl.where(is_whole, 1, low)
+        high = tl.where(is_whole, 1, high)
     level = tl.zeros([BLOCK_N], tl.int32)
     for cut in range(cuts):
         is_left = (bits >= _of_cut(low, cut)) & (bits < _of_cut(high, cut))
@@ -228,7 +229,7 @@ def ranks_kernel(
         one = _of_cut(each, cut)
         if (tl.sum(is_left.to(tl.int32), axis=0) - 1) * one >= need:
             is_left = is_left & ((tl.cumsum(is_left.to(tl.int32), axis=0) - 1) * one < need)
-        is_before = (bits >= _of_cut(high, cut)) | (is_left & has_rank)
+        is_before = (bits >= _of_cut(high, cut)) | is_left
         level = tl.where(is_before, tl.load(cut_levels + cut), level)
     if not IS_THRESHOLD:  # a row left with nothing keeps its top block
         is_top = (bits == tl.max(bits, axis=0)) & is_counted
