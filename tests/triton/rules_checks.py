@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from psa_diffusers import PSAConfig
+from psa_diffusers.gpu.target import target_of
 from psa_diffusers.planning.blocks import Layout
 from psa_diffusers.planning.triton import planner, sources
+from psa_diffusers.planning.triton.cuts import make_cuts
 from psa_diffusers.planning.triton.mass_buffers import Masses, MassesLayout
-from psa_diffusers.planning.triton.ranks import make_cuts, ranks_launch
+from psa_diffusers.planning.triton.ranks import ranks_launch
 from psa_diffusers.planning.triton.similarity import device_thresholds, similarity_launch
 
 
@@ -30,7 +32,7 @@ def levels_of_scores(
     layout = MassesLayout(1, query_blocks, 1, 8, 8, tiles, num_warps=1, num_stages=1)
     levels = torch.full(score.shape, 77, dtype=torch.int8, device=score.device)
     counts = None if counted is None else counted.int() * 3
-    known = {"counts": counts, "cap": cap, "full": full, "is_max": False}
+    known = {"counts": counts, "cap": cap, "full": full, "is_max": False, "target": target_of(score.device)}
     ranks_launch(masses, layout, make_cuts(config, score.device), levels, range(heads), **known).run()
     return levels
 

@@ -208,7 +208,7 @@ def masses_launch(
     head_dim, query_blocks = query.shape[3], len(positions)
     # With a negative scale the largest product is the smallest logit; and a tile's columns that are no sample, where
     # samples are no power of two, need their bias.
-    is_regular = scale > 0 and layout.block_n == layout.blocks_n * statistics.samples.shape[2]
+    is_regular = scale > 0 and layout.block_n == layout.blocks_n * keys.samples.shape[2]
     regular_blocks = full_blocks // layout.blocks_n * layout.blocks_n if is_regular else 0
     arguments = {
         "query": query,

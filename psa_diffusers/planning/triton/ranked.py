@@ -11,7 +11,8 @@ from ...config import PSAConfig
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
 from ..blocks import Layout
-from .ranks import make_cuts, ranks_launch
+from .cuts import make_cuts
+from .ranks import ranks_launch
 from .sources import massed_heads, prepare_source
 
 
@@ -49,7 +50,7 @@ def ranked_plan(
     source, launches, constants = prepare_source(query, key, config, layout.order, key_lengths, **where)
     cuts, full = make_cuts(config, query.device), (layout.full_query_blocks, layout.full_kv_blocks)
     counts = source.counts if key_lengths is not None else None
-    known = {"counts": counts, "cap": cap, "full": full, "is_max": source.is_max}
+    known = {"counts": counts, "cap": cap, "full": full, "is_max": source.is_max, "target": target}
     for masses, some, launch in massed_heads(source, key, config):
         launches += [launch, ranks_launch(masses, source.layout, cuts, levels, some, **known)]
     return LevelPlan(levels, launches, [*constants, cuts.places, cuts.levels])

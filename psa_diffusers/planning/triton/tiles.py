@@ -97,6 +97,14 @@ def prices_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(32, 32, 4, 1) if is_tall else Tile(16, 32, 4, 1)
 
 
+def row_warps(target: str, scores: int) -> int:
+    """Warps of a row of so many scores, 16 a thread: fewer make more steps of the row's sums. Short rows have one warp.
+
+    AMD's masks of a whole warp lie in registers of their own, and those are few.
+    """
+    return min(16, max(1, scores // (256 if target.startswith("gfx") else 512)))
+
+
 def precision_of(target: str, dtype: torch.dtype) -> str:
     """How products are made: of float32 on NVIDIA by three of tf32, to about its own precision, on matrix units."""
     return "tf32x3" if dtype == torch.float32 and target.startswith("sm_") else "ieee"
