@@ -2,9 +2,9 @@
 
 A cut is at a number of blocks (``topk``) or at a share of the row's mass (``threshold``). Where the cuts lie is found
 by halving an interval of scores for each, which, being no negative numbers, are ordered as their bits are; what is left
-in it, in the end equal scores, is taken in index order. Masses are added up as whole numbers, so that no order of adding
-changes them: of 30 bits for a row's, so that a cut is off by 2^-29 of it for each block at most, where the definition
-adds in float64.
+in it, in the end equal scores, is taken in index order. Masses are added up as whole numbers, so that no order of
+adding changes them: of 30 bits for a row's, so that a cut is off by 2^-29 of it for each block at most, where the
+definition adds in float64.
 """
 
 from __future__ import annotations
