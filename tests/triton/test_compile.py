@@ -46,6 +46,9 @@ LEAN = [
         "statistics",
         "centroids",
         "prices",
+        "masses+max",
+        "similarity",
+        "strided_masses",
     )
     for target in ("sm_90", "gfx942")
 ]
