@@ -165,6 +165,17 @@ class Calibration:
         measured_in = self._measured_in[expert]
         self.allocations.append(Allocation(measured_in, stretch, tuned.uniform_error, tuned.predicted_error))
 
+    @property
+    def tuned(self) -> PSAConfig:
+        """The config with the budgets that the run got: for other runs of this model, size and number of steps.
+
+        Raises:
+            ValueError: no run has been measured yet.
+        """
+        if not self.schedule:
+            raise ValueError("Calibration.tuned: nothing was measured yet; run the pipeline once, with sparse steps.")
+        return replace(self.config, budget_schedule=self.schedule)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
