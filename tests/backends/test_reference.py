@@ -57,8 +57,10 @@ def test_value_correction_brings_pooled_noise_closer_to_dense():
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_logit_correction_by_its_formula():
-    """Written out token by token: blocks of 4 of 10 keys, the last short; 27 queries, of which 3 are looked at."""
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_logit_correction_by_its_formula(scale):
+    """Written out token by token: blocks of 4 of 10 keys, the last short; 27 queries, of which 3 are looked at; to
+    the clamp and below."""
     case = conformance.Case(torch.float64, 3, 27, 10, 16, 4, 2, heads=1)
     query, key, value = conformance.make_inputs(case)
     power = sum(query[0, number, 0] ** 2 for number in (0, 13, 26)) / 3
@@ -68,13 +70,13 @@ def test_logit_correction_by_its_formula():
             group = key[0, start : start + size, 0]
             keys.append(group.mean(0))
             values.append(value[0, start : start + size, 0].mean(0))
-            half = 0.7**2 / 2 * (power * group.var(0, unbiased=False)).sum()
+            half = scale**2 / 2 * (power * group.var(0, unbiased=False)).sum()
             bias.append(math.log(len(group)) + min(half, math.log(len(group))))
         pooled = (torch.stack(rows)[None, :, None] for rows in (keys, values))
         bias = torch.tensor(bias, dtype=torch.float64)
-        expected, expected_lse = conformance.dense(query, *pooled, 0.7, bias)
+        expected, expected_lse = conformance.dense(query, *pooled, scale, bias)
         plan = conformance.make_plan(case, level=level)
-        options = {"scale": 0.7, "logit_correction": "variance", "return_lse": True}
+        options = {"scale": scale, "logit_correction": "variance", "return_lse": True}
         found, lse = attend_reference(query, key, value, plan, **options)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
