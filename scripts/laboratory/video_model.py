@@ -79,7 +79,7 @@ class VideoModel:
         """Raises RuntimeError where calls ran dense for another reason than the setting's."""
         planner = Planner(setting.choose, setting.budgets(self.noise_levels()))
         shares = {"dense_warmup": setting.dense_first / self.steps, "dense_last": setting.dense_last / self.steps}
-        enable_psa(self.pipe, PSAConfig(**shares))
+        enable_psa(self.pipe, PSAConfig(**shares, refresh_every=setting.refresh_every))
         try:
             with planner.installed():
                 frames, seconds = self._run(prompts, seeds, planner)

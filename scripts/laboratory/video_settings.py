@@ -40,6 +40,7 @@ class Setting:
         dense_first, dense_last: Whole steps that stay dense.
         schedule: Of the budget over the sparse steps, a key of ``SCHEDULES``.
         experiment, variant: For tables: what the run belongs to, and the tuned variant of a policy.
+        refresh_every: Steps for which a config's plans are kept.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Setting:
     schedule: str = "constant"
     experiment: str = ""
     variant: str = ""
+    refresh_every: int = 1
 
     def total(self, steps: int) -> float:
         """The compute budget over all steps."""
