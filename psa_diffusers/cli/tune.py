@@ -20,8 +20,9 @@ Example: psa-tune --prompt "a red circle moves right on a blue background" --out
 
 Each prompt is one run. In its last dense step the error of every layer is measured at a few compute budgets, on some of
 its queries; then the budgets of all sparse steps and layers are chosen that make the least of the sum, at the same
-compute budget on average. The file is for the model, size and number of steps that it names: --config of the other
-commands and PSAConfig.load read it.
+compute budget on average; or, with --target-error, that have this total error at the least compute, which is checked in
+one or two more runs. The file is for the model, size and number of steps that it names: --config of the other commands
+and PSAConfig.load read it.
 """
 
 
@@ -41,6 +42,13 @@ def tune(
     config: Annotated[Path | None, _option("A PSA config file to start from.", panel="Attention")] = None,
     compute_budget: Annotated[
         float | None, _option("Mean share of dense attention's work, in (0, 1].", panel="Attention")
+    ] = None,
+    target_error: Annotated[
+        float | None,
+        _option(
+            "Instead: the total error, root mean square of the sparse calls' relative errors, in (0, 1).",
+            panel="Attention",
+        ),
     ] = None,
     steps: Annotated[int | None, _option("Denoising steps.", panel="Video")] = None,
     guidance_scale: Annotated[float | None, _option("Pull towards the prompt; 1 is none.", panel="Video")] = None,
@@ -62,7 +70,7 @@ def tune(
 
     job = tuning.prepare(
         prompts=(prompt, prompts_file),
-        attention=(preset, config, compute_budget),
+        attention=(preset, config, compute_budget, target_error),
         model=model,
         video={
             "negative_prompt": negative_prompt,

@@ -103,3 +103,16 @@ def test_a_schedule_has_a_point_a_step_and_layers_without_measurement_get_the_me
     assert sum(measured) / 4 == pytest.approx(0.15, rel=0.05) and sum(measured) / 4 <= 0.15 + 1e-4
     assert tuned.predicted_error < tuned.uniform_error
     assert tuned.uniform_error == pytest.approx(math.sqrt(0.5 * (1e-3 + 4e-3) * 0.15**-1.2), rel=5e-3)
+
+
+def test_a_schedule_of_a_wanted_error_spends_no_more_than_it_needs():
+    stretch = Stretch("transformer", (2, 3), 3, {0: power_law(1e-3), 2: power_law(4e-3)})
+    weights = [1.0, 1.0, 1.0, 9.0]
+    tuned = tune([stretch], weights, None, 4, target_error=0.1)
+    assert tuned.predicted_error == pytest.approx(0.1, rel=1e-6) and tuned.uniform_error > 0.1
+    assert tuned.places == (("transformer", 2, 0), ("transformer", 2, 2), ("transformer", 3, 0), ("transformer", 3, 2))
+    budgets = [point.budget[layer] for point in tuned.schedule for layer in (0, 2)]
+    assert sum(budgets) / 4 == pytest.approx(tuned.mean_budget, rel=1e-3)
+    assert all(point.budget[1] == pytest.approx(tuned.mean_budget, rel=1e-3) for point in tuned.schedule)
+    same = tune([stretch], weights, tuned.mean_budget, 4)
+    assert same.predicted_error == pytest.approx(0.1, rel=1e-3)

@@ -80,6 +80,18 @@ def test_words_and_json_say_the_same(psa_tune, tmp_path):
     assert "with one budget for all" in out
 
 
+def test_a_target_error_is_checked_in_runs_of_their_own(psa_tune, tmp_path):
+    code, out, err = psa_tune(*PROMPT, "--target-error", "0.1")
+    values = yaml.safe_load((tmp_path / "tuned.yaml").read_text())
+    facts, config = values["calibrated"], PSAConfig.load(tmp_path / "tuned.yaml")
+    assert code == 0 and facts["target_error"] == 0.1 and "check 1 of 1" in err
+    assert facts["measured_error"] == pytest.approx(0.1, rel=0.3)
+    assert f"the total error was {facts['measured_error']:.4f}; wanted was 0.1" in out and "total error 0.1" in out
+    assert config.target_error is None
+    budgets = [budget for point in config.budget_schedule for budget in point.budget]
+    assert sum(budgets) / len(budgets) == pytest.approx(config.compute_budget, rel=1e-3)
+
+
 def test_an_existing_file_stays_unless_overwrite(psa_tune, tmp_path):
     file = tmp_path / "tuned.yaml"
     file.write_text("mine")
@@ -93,9 +105,11 @@ def test_an_existing_file_stays_unless_overwrite(psa_tune, tmp_path):
     [
         (
             ("--preset", "psa-3"),
-            "psa-tune spends a mean compute_budget by rule: budget, but the settings have rule: topk",
+            "psa-tune sets the budgets of rule: budget itself, but the settings have rule: topk",
         ),
         (("--compute-budget", "2"), "--compute-budget must be in (0, 1]"),
+        (("--compute-budget", "0.3", "--target-error", "0.1"), "give --compute-budget or --target-error, not both"),
+        (("--target-error", "1.5"), "target_error must be a relative error in (0, 1)"),
         (("--steps", "0"), "--steps must be at least 1"),
         (("--prompts-file", "none.txt"), "give either --prompt"),
     ],

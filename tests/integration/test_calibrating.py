@@ -51,6 +51,10 @@ def calibrated(kind="t2v", scheduler="euler", **settings):
     return enable_psa(pipeline(kind, scheduler), tiny_config(**settings), calibrate=True)
 
 
+def total_error_config(error, **settings):
+    return tiny_config(**{"compute_budget": None, "target_error": error, "dense_warmup": 0.5, **settings})
+
+
 def test_the_last_dense_step_is_measured_and_the_sparse_ones_get_its_budgets(measured):
     pipe = calibrated(dense_warmup=0.5)
     generate(pipe, steps=4)
@@ -160,6 +164,46 @@ def test_compiled_blocks_are_measured_in_the_first_sparse_step(measured):
     assert psa_calibration(pipe).allocations[0].stretch.steps == (3,)
 
 
+def test_a_target_error_is_a_total_over_the_runs_sparse_calls(measured):
+    pipe = enable_psa(pipeline("t2v", "euler"), total_error_config(0.1), calibrate=True)
+    generate(pipe, steps=4, guidance_scale=1.0)
+    calibration = psa_calibration(pipe)
+    (allocation,) = calibration.allocations
+    assert allocation.predicted_error == pytest.approx(0.1) and allocation.uniform_error > 0.1
+    budgets = [point.budget for point in calibration.schedule]
+    assert budgets[0][0] < budgets[0][1]
+    # By the errors that the fixture gives: weights of the two steps, and 1e-3 or 4e-3 times budget ** -1.2.
+    weights = step_weights(pipe.scheduler, 4)[2:]
+    errors = [
+        w * 4.0**layer * 1e-3 * row[layer] ** -1.2 for w, row in zip(weights, budgets, strict=True) for layer in (0, 1)
+    ]
+    assert (sum(errors) / (2 * sum(weights))) ** 0.5 == pytest.approx(0.1, rel=0.01)
+    spent = [budget for row in budgets for budget in row]
+    assert allocation.mean_budget == pytest.approx(sum(spent) / 4, rel=1e-3)
+    assert psa_statistics(pipe).compute_budget_sparse == pytest.approx(allocation.mean_budget, abs=0.03)
+    assert json.loads(json.dumps(calibration.to_dict()))["allocations"][0]["mean_budget"] == allocation.mean_budget
+
+
+def test_a_smaller_target_error_costs_more(measured):
+    spent = []
+    for wanted in (0.08, 0.04, 0.02):
+        pipe = enable_psa(pipeline("t2v", "euler"), total_error_config(wanted), calibrate=True)
+        generate(pipe, steps=4, guidance_scale=1.0)
+        spent.append(psa_calibration(pipe).allocations[0].mean_budget)
+    assert spent == sorted(spent) and spent[0] < spent[2]
+
+
+def test_with_a_target_error_each_expert_meets_it(measured):
+    pipe = enable_psa(pipeline("experts"), total_error_config(0.05, dense_warmup=0.25), calibrate=True)
+    generate(pipe, steps=8, guidance_scale=1.0)
+    assert [allocation.stretch.expert for allocation in psa_calibration(pipe).allocations] == [
+        "transformer",
+        "transformer_2",
+    ]
+    for allocation in psa_calibration(pipe).allocations:
+        assert allocation.predicted_error == pytest.approx(0.05)
+
+
 def test_other_rules_and_schedules_are_refused():
     with pytest.raises(ValueError, match=r"sets the budgets of rule='budget' itself, but the config has rule='topk'"):
         PSAProcessor(pipeline(), PSAConfig(rule="topk"), calibrate=True)
@@ -210,7 +254,7 @@ def test_where_the_scheduler_does_not_tell_all_steps_weigh_the_same(sigmas):
 def test_several_runs_and_experts_make_one_schedule():
     def allocation(expert, measured_in, steps, level):
         curve = ErrorCurve((0.1, 0.2, 0.4), tuple(level * b**-1.2 for b in (0.1, 0.2, 0.4)))
-        return Allocation(measured_in, Stretch(expert, steps, 1, {0: curve}), 0.0, 0.0)
+        return Allocation(measured_in, Stretch(expert, steps, 1, {0: curve}), 0.2, 0.0, 0.0)
 
     runs = [[allocation("a", 1, (2, 3, 4, 5), level), allocation("b", 4, (5,), 3 * level)] for level in (1e-3, 3e-3)]
     tuned = tune_together(runs, [1.0] * 6, 0.2, 6)

@@ -222,7 +222,12 @@ def rows(policy, values, setting=None):
     """As they are read from the file."""
     setting = setting or Setting(policy, PSAConfig(), 0.15, 4)
     same = {"run": "run-a", "variant": "", "budget": setting.budget, "schedule": setting.schedule, "policy": policy}
-    same |= {"experiment": setting.experiment, "dense_first": float(setting.dense_first), "dense_last": float(setting.dense_last), "steps": 16.0}
+    same |= {
+        "experiment": setting.experiment,
+        "dense_first": float(setting.dense_first),
+        "dense_last": float(setting.dense_last),
+        "steps": 16.0,
+    }
     same |= {"achieved": setting.budget, "achieved_all": setting.total(16), "estimator": 0.01, "ssim": 0.9}
     same |= {"sparse_step_seconds": 0.1, "dense_step_seconds": 0.2}
     return [{**same, "prompt": f"p{i}", "seed": float(i), "psnr": float(value)} for i, value in enumerate(values)]
