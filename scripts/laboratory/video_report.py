@@ -15,8 +15,10 @@ from psa_diffusers.integration.schedule import dense_steps
 from psa_diffusers.metrics.intervals import mean_with_interval
 
 SETTING = ("run", "policy", "variant", "budget", "schedule", "dense_first", "dense_last")
-REFERENCES = {"default": "ours, default", "fitted": "ours, fitted"}
+REFERENCES = {"default": "ours, default", "fitted": "ours, fitted", "best": "ours, fitted, 64 queries, logit variance"}
 Row = dict[str, Any]
+# Of the policies that are not ours, apart from matplotlib's usual colours, which ours have.
+DARK = ["#000000", "#7a0177", "#005a32", "#8c2d04", "#08306b", "#525252", "#99000d", "#006d6d", "#6a51a3", "#b15928"]
 
 
 def best_variants(rows: Sequence[Row]) -> dict[str, str]:
@@ -144,13 +146,15 @@ def _curves(table: list[Row]) -> Any:
         budgets = sorted({row["budget"] for row in published})
         best = [max(pick(published, budget=budget), key=lambda row: row["psnr"]) for budget in budgets]
         lines["best published PSA setting"] = best
+    others = [name for name in lines if name not in OUR_CONFIGS]
     for number, (name, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=lambda row: row["achieved"])
-        style = {"linewidth": 2.4} if name in OUR_CONFIGS else {"linewidth": 1.1, "linestyle": "--"}
+        style = {"linewidth": 2.4}
+        if name in others:
+            style = {"linewidth": 1.1, "linestyle": "--", "color": DARK[others.index(name) % len(DARK)]}
         points = [row["achieved"] for row in rows], [row["psnr"] for row in rows]
-        axes.errorbar(
-            *points, yerr=_whiskers(rows), marker="osD^vPX*<>hp"[number % 12], markersize=4, label=name, **style
-        )
+        marker = "osD^vPX*<>hp"[number % 12]
+        axes.errorbar(*points, yerr=_whiskers(rows), marker=marker, markersize=4, label=name, **style)
     axes.set(xlabel="compute budget of the sparse steps (dense = 1)", ylabel="PSNR against dense, dB")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)

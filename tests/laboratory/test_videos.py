@@ -19,9 +19,17 @@ import block_policies
 import policies
 import video_metrics
 from cases import Case
-from video_experiments import CONTROL, policy_settings, step_settings, tuning_settings, variants
+from video_experiments import (
+    CONTROL,
+    KEPT_STEPS,
+    policy_settings,
+    reuse_settings,
+    step_settings,
+    tuning_settings,
+    variants,
+)
 from video_model import VideoModel
-from video_report import draw_policies, draw_steps, paired, summarise
+from video_report import draw_policies, draw_reuse, draw_steps, paired, summarise
 from video_runs import Runs
 from video_settings import LEAST, SCHEDULES, Planner, Setting
 
@@ -142,6 +150,33 @@ def test_budgets_follow_the_steps_and_the_plugin_is_left_as_it_was(model):
         model.sparse(*zip(*PROMPTS[:1], strict=True), setting)
     assert (operations.build_plan, operations.attend) == before
     assert not any("PSA" in type(p).__name__ for p in model.pipe.transformer.attn_processors.values())
+
+
+@pytest.mark.parametrize(("kept", "plans"), [(1, 20), (2, 10)])  # 2 steps x 5 layers, two branches of guidance
+def test_plans_are_kept_for_as_many_steps_as_the_setting_says(model, monkeypatch, kept, plans):
+    made, planned = [], Planner.build_plan
+    monkeypatch.setattr(Planner, "build_plan", lambda *given, **more: made.append(kept) or planned(*given, **more))
+    clips = model.sparse(*zip(*PROMPTS[:1], strict=True), Setting("ours", PSAConfig(), 0.3, 0, refresh_every=kept))
+    assert len(made) == plans and clips.costs[0] == pytest.approx(0.3, abs=0.02)
+
+
+def test_layers_may_have_budgets_of_their_own():
+    planner, asked = Planner(PSAConfig(), [0.2, 0.1], layers=(0.5, 1.5)), []
+    for call in range(6):
+        planner.step = call // 4
+        asked.append(planner.config.compute_budget)
+        planner.costs.append(torch.zeros(1))
+    assert asked == pytest.approx([0.1, 0.3, 0.1, 0.3, 0.05, 0.15])
+
+
+def test_kept_plans_are_compared_with_fresh_ones():
+    settings = reuse_settings(16)
+    assert {s.refresh_every for s in settings} == set(KEPT_STEPS) and len({s.name for s in settings}) == 2
+    table = summarise(
+        [{**row, "variant": s.variant} for s in settings for row in rows(s.name, [40 - s.refresh_every] * 3, s)]
+    )
+    assert [row["fresh_ahead_db"] for row in table] == [kept - 1 for kept in KEPT_STEPS] * 2
+    assert len(draw_reuse(table).axes[0].containers) == 2
 
 
 def test_policies_refuse_text_tokens():
