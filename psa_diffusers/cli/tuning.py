@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..calibration.tuned import Tuned
     from ..integration.calibrating import Allocation
 
-CLOSE, CORRECTION = 0.05, 8.0  # off the target error by so much: corrected, by at most so many times
+CLOSE, CORRECTION = 0.05, 8.0  # further off the target error than this: corrected, by at most so many times
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,10 @@ def _choose(
         return tuned, {}
     measured = _measure_total(job, pipe, tuned, weights, quiet=quiet)
     if abs(measured / wanted - 1) > CLOSE:
-        tuned = tune_together(found, weights, None, total, wanted * wanted / max(measured, wanted / CORRECTION))
-        measured = _measure_total(job, pipe, tuned, weights, quiet=quiet)
+        other = tune_together(found, weights, None, total, wanted * wanted / max(measured, wanted / CORRECTION))
+        again = _measure_total(job, pipe, other, weights, quiet=quiet)
+        if abs(again - wanted) < abs(measured - wanted):
+            tuned, measured = other, again
     return tuned, {"target_error": wanted, "measured_error": measured}
 
 

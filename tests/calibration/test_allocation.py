@@ -89,6 +89,12 @@ def test_a_wanted_error_is_met_and_nothing_is_spent_beyond_it(error):
         assert spend_budget(calls, sum(chosen) / 3) == pytest.approx(chosen)
 
 
+def test_a_wanted_error_is_met_where_a_curve_is_not_convex():
+    calls = [ErrorCurve((0.1, 0.2, 0.4), (0.100, 0.099, 0.001)), power_law(1e-3)]
+    for error in (0.25, 0.2, 0.15, 0.1, 0.05):
+        assert predicted_error(calls, spend_to_error(calls, error)) <= error * (1 + 1e-9)
+
+
 def test_the_mean_of_curves_is_that_of_squared_errors():
     assert mean_curve([power_law(1e-3), power_law(3e-3)]).errors == pytest.approx(power_law(2e-3).errors)
 
