@@ -102,7 +102,7 @@ def run(job: TuningJob, *, quiet: bool) -> dict[str, Any]:
         reasons = "; ".join([*kept.statistics.notes, *kept.statistics.dense_reasons]) or "no step was sparse"
         raise CommandError(f"nothing was measured ({reasons}). Take more --steps, or a lower dense_warmup.")
     weights = step_weights(pipe.scheduler, total)
-    tuned, checked = _choose(job, pipe, found, weights, total, quiet=quiet)
+    tuned, checked = choose(job, pipe, found, weights, total, quiet=quiet)
     facts = _facts(job, total, seconds) | {
         "measured_in": [allocation.measured_in for allocation in found[0]],
         "uniform_error": tuned.uniform_error,
@@ -112,7 +112,7 @@ def run(job: TuningJob, *, quiet: bool) -> dict[str, Any]:
     preset = {
         "description": _description(job, total, tuned),
         "calibrated": facts,
-        "config": _tuned_config(job, tuned).to_dict(),
+        "config": tuned_config(job, tuned).to_dict(),
     }
     with whole_file(job.output) as partial:
         partial.write_text(yaml.safe_dump(preset, sort_keys=False, default_flow_style=None, width=120))
@@ -120,7 +120,7 @@ def run(job: TuningJob, *, quiet: bool) -> dict[str, Any]:
     return {"file": str(job.output), **preset}
 
 
-def _choose(
+def choose(
     job: TuningJob, pipe: Any, found: list[list[Allocation]], weights: list[float], total: int, *, quiet: bool
 ) -> tuple[Tuned, dict[str, float]]:
     """The schedule; for a target error also what its runs err, by which what is wanted is corrected once."""
@@ -143,7 +143,7 @@ def _measure_total(job: TuningJob, pipe: Any, tuned: Tuned, weights: list[float]
     """The total error of the schedule: the mean over the prompts' runs of its square, and of that the root."""
     from ..integration import watch_errors
 
-    squares, chosen = [], replace(job.settings, config=_tuned_config(job, tuned))
+    squares, chosen = [], replace(job.settings, config=tuned_config(job, tuned))
     for number, prompt in enumerate(job.prompts, start=1):
         label = f"check {number} of {len(job.prompts)}"
         with watch_errors(pipe) as errors:
@@ -152,7 +152,8 @@ def _measure_total(job: TuningJob, pipe: Any, tuned: Tuned, weights: list[float]
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def _tuned_config(job: TuningJob, tuned: Tuned) -> PSAConfig:
+def tuned_config(job: TuningJob, tuned: Tuned) -> PSAConfig:
+    """The settings with the schedule in place of a target error."""
     budget = job.settings.config.compute_budget or float(f"{tuned.mean_budget:.4g}")
     return replace(job.settings.config, compute_budget=budget, target_error=None, budget_schedule=tuned.schedule)
 
@@ -179,7 +180,7 @@ def _description(job: TuningJob, total: int, tuned: Tuned) -> str:
     chosen = job.settings
     wanted = chosen.config.target_error
     aim = "" if wanted is None else f"total error {wanted:g}, "
-    budget = _tuned_config(job, tuned).compute_budget
+    budget = tuned_config(job, tuned).compute_budget
     return (
         f"Calibrated for {job.source.name}: {chosen.num_frames} frames of {chosen.width}x{chosen.height}, {total} "
         f"steps; {aim}compute budget {budget:g} on average over the sparse calls."
