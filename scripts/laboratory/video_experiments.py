@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from policies import DEFAULT, OUR_CONFIGS, OURS, families, published
+from policies import BEST, DEFAULT, OUR_CONFIGS, OURS, PLAIN, families, published
 from video_settings import LEAST, SCHEDULES, Setting
 
 from psa_diffusers import PSAConfig
@@ -16,8 +16,8 @@ TUNING, POLICIES, STEPS, REUSE = "tuning", "policies", "steps", "reuse"
 TUNING_BUDGET = 0.15
 WARMUP = PSAConfig().dense_warmup
 FIRST_SHARES, LAST_STEPS = (0.0, 0.1, 0.25, 0.4), (0, 1, 2)
-STEPS_POLICY = "ours, default"
-REUSED = (STEPS_POLICY, "ours, fitted, 64 queries, logit variance")
+STEPS_POLICY = PLAIN
+REUSED = (STEPS_POLICY, BEST)
 KEPT_STEPS = (1, 2, 3, 4, 6, 12)
 CONTROL = "every block in full"  # the same kernel without an approximation: rounding alone
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from harness import mean, pick, read_rows, save_figure, write_rows
-from policies import OUR_CONFIGS, PUBLISHED
+from policies import OUR_CONFIGS, PLAIN, PUBLISHED
 from video_experiments import CONTROL, KEPT_STEPS, REUSE, STEPS_POLICY, kept_variant
 
 from psa_diffusers.integration.schedule import dense_steps
 from psa_diffusers.metrics.intervals import mean_with_interval
 
 SETTING = ("run", "policy", "variant", "budget", "schedule", "dense_first", "dense_last")
-REFERENCES = {"default": "ours, default", "fitted": "ours, fitted", "best": "ours, fitted, 64 queries, logit variance"}
+REFERENCES = {"plain": PLAIN, "best": "ours, fitted, 64 queries, variance of each query"}
+OURS = "ours, "
 Row = dict[str, Any]
 # Of the policies that are not ours, apart from matplotlib's usual colours, which ours have.
 DARK = ["#000000", "#7a0177", "#005a32", "#8c2d04", "#08306b", "#525252", "#99000d", "#006d6d", "#6a51a3", "#b15928"]
@@ -116,7 +117,7 @@ def _bars(rows: list[Row]) -> Any:
     figure = new_figure(8.6, 0.27 * len(rows) + 1.1)
     axes = figure.subplots()
     names = [f"{row['policy']}{', ' * bool(row['variant'])}{row['variant']}" for row in rows]
-    colours = ["#d95f02" if row["policy"] in OUR_CONFIGS else "#2c7fb8" for row in rows]
+    colours = ["#d95f02" if row["policy"].startswith(OURS) else "#2c7fb8" for row in rows]
     whiskers = {"xerr": _whiskers(rows), "error_kw": {"elinewidth": 0.9, "capsize": 2}}
     axes.barh(names, [row["psnr"] for row in rows], color=colours, **whiskers)
     axes.set(
@@ -146,7 +147,7 @@ def _curves(table: list[Row]) -> Any:
         budgets = sorted({row["budget"] for row in published})
         best = [max(pick(published, budget=budget), key=lambda row: row["psnr"]) for budget in budgets]
         lines["best published PSA setting"] = best
-    others = [name for name in lines if name not in OUR_CONFIGS]
+    others = [name for name in lines if not name.startswith(OURS)]
     for number, (name, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=lambda row: row["achieved"])
         style = {"linewidth": 2.4}

@@ -19,6 +19,7 @@ import block_policies
 import policies
 import video_metrics
 from cases import Case
+from policies import PLAIN
 from video_experiments import (
     CONTROL,
     KEPT_STEPS,
@@ -215,13 +216,13 @@ def script():
 
 def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     small = ["--steps", "2", "--size", "5", "128", "128", "--output", str(tmp_path), "--budgets", "0.5", "--batch", "2"]
-    chosen = ["--policies", "ours, default", "PSA-3", "SVG-EAR", CONTROL]
+    chosen = ["--policies", PLAIN, "PSA-3", "SVG-EAR", CONTROL]
     monkeypatch.setattr(sys, "argv", ["scripts/experiments/videos.py", *small])
     assert script.main([*small, *chosen, "--experiments", "policies", "--prompts", "1"]) == 0
     rows = read(tmp_path / "videos.csv")
     assert {row["policy"] for row in rows} == {
         CONTROL,
-        "ours, default",
+        PLAIN,
         "PSA-3",
         "SVG-EAR (re-implemented)",
     } and len(rows) == 4
@@ -241,15 +242,15 @@ def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     monkeypatch.setattr(VideoModel, "sparse", lambda *given: made.append(given[-1].name) or sparse(*given))
     assert script.main([*small, *chosen, "--experiments", "policies", "--prompts", "1"]) == 0
     assert made == [] and read(tmp_path / "videos.csv") == rows
-    assert script.main([*small, "--policies", "ours, default", "--experiments", "policies", "--prompts", "2"]) == 0
-    assert made == ["ours, default"]
+    again = ["--policies", PLAIN, "--experiments", "policies", "--prompts", "2"]
+    assert script.main([*small, *again]) == 0 and made == [PLAIN]
     again = read(tmp_path / "videos.csv")
-    assert again[:4] == rows and [row["policy"] for row in again[4:]] == ["ours, default"]
+    assert again[:4] == rows and [row["policy"] for row in again[4:]] == [PLAIN]
     assert len({row["prompt"] for row in again}) == 2
 
     table = read(tmp_path / "videos_summary.csv")
-    ours = next(row for row in table if row["policy"] == "ours, default")
-    assert int(ours["clips"]) == 2 and float(ours["default_ahead_db"]) == 0
+    ours = next(row for row in table if row["policy"] == PLAIN)
+    assert int(ours["clips"]) == 2 and float(ours["plain_ahead_db"]) == 0
     assert (tmp_path / "videos.png").stat().st_size > 1000
 
 
@@ -281,18 +282,16 @@ def test_steps_are_compared_with_the_usual_ones_and_drawn():
 
 
 def test_policies_are_drawn_as_bars_or_as_curves():
-    table = summarise(
-        [*rows("ours, default", [38, 39, 40]), *rows("PSA-3", [30, 31, 32]), *rows("PSA-4", [31, 32, 33])]
-    )
+    table = summarise([*rows(PLAIN, [38, 39, 40]), *rows("PSA-3", [30, 31, 32]), *rows("PSA-4", [31, 32, 33])])
     bars = draw_policies(table).axes[0]
     assert sorted(patch.get_width() for patch in bars.patches) == [31, 32, 39]
     more = [{**row, "budget": 0.25, "achieved": 0.25} for row in table]
     labels = draw_policies([*table, *more]).axes[0].get_legend_handles_labels()[1]
-    assert labels == ["ours, default", "best published PSA setting"]
+    assert labels == [PLAIN, "best published PSA setting"]
 
 
 def test_differences_are_paired_clip_by_clip():
-    ours, theirs = rows("ours, default", [30, 40, 50, 60]), rows("PSA-3", [29, 38, 47, math.inf])
+    ours, theirs = rows(PLAIN, [30, 40, 50, 60]), rows("PSA-3", [29, 38, 47, math.inf])
     assert paired("x", ours, list(reversed(theirs[:3]))) == {
         "x_db": 2.0,
         "x_db_low": 1.0,
@@ -300,4 +299,4 @@ def test_differences_are_paired_clip_by_clip():
         "x_in": 3,
     }
     line = next(row for row in summarise([*ours, *theirs]) if row["policy"] == "PSA-3")
-    assert line["psnr"] == 38 and line["default_ahead_db"] == 2 and line["clips"] == 4
+    assert line["psnr"] == 38 and line["plain_ahead_db"] == 2 and line["clips"] == 4
