@@ -21,6 +21,7 @@ ORDERS = ("gilbert", "raster")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 DEFAULT_COMPUTE_BUDGET = 0.15
+DEFAULT_LOGIT_CORRECTION = "variance"  # of the budget rule; the paper's rules have none
 DEFAULT_VALUE_CORRECTION = "covariance"
 # Of a preset's file: what it is, what it was calibrated for, and the settings.
 PRESET_KEYS = ("description", "calibrated", "config")
@@ -68,8 +69,10 @@ class PSAConfig:
             ``"antidiagonal"`` strided sums (XAttention), ``"pooled"`` mean query against mean key.
         importance_reduction: ``"sum"`` of the sampled softmax over a block, or its ``"max"`` (the paper's).
         sampled_queries, sampled_keys: Tokens sampled a block by ``"sampled"``.
-        logit_correction: ``"variance"`` adds half the (clamped) variance of a pooled group's logits to its bias;
-            ``"none"`` is the published method.
+        logit_correction: ``"variance"`` adds to a pooled key's logit half the variance, over its group and the head's
+            queries, of the logits that it stands for: the attention that pooling takes from keys that differ
+            (:mod:`~psa_diffusers.backends.logit_variance`); ``"none"`` is the published method. Left out (None), it is
+            ``"variance"`` with the ``budget`` rule and ``"none"`` with the others.
         value_correction: ``"covariance"`` gives pooled blocks the covariance of values and keys back that pooling takes
             from the output, one matrix a head (see :mod:`~psa_diffusers.backends.reference`); ``"fitted"`` gives every
             head as much of it as fits a few of its queries best, computed in full while planning; ``"none"`` is the
@@ -102,7 +105,7 @@ class PSAConfig:
     importance_reduction: str = "sum"
     sampled_queries: int = 16
     sampled_keys: int = 8
-    logit_correction: str = "none"
+    logit_correction: str | None = None
     value_correction: str | None = None
     order: str = "gilbert"
     dense_warmup: float = 0.25
@@ -145,6 +148,8 @@ class PSAConfig:
             self._set(name, tuple(value) if kind is int else tuple(float(item) for item in value))
 
     def _check_choices(self) -> None:
+        if self.logit_correction is None:
+            self._set("logit_correction", DEFAULT_LOGIT_CORRECTION if self.rule == "budget" else "none")
         choices = {
             "rule": RULES,
             "importance": IMPORTANCES,

@@ -21,7 +21,7 @@ FULL = PSAConfig(
     importance_reduction="max",
     sampled_queries=8,
     sampled_keys=4,
-    logit_correction="variance",
+    logit_correction="none",
     order="raster",
     dense_warmup=0.1,
     dense_last=0.05,
@@ -44,6 +44,15 @@ def test_each_rule_has_its_own_settings_and_no_other():
     assert PSAConfig(rule="threshold").level_thresholds == (0.7, 0.8, 0.9, 0.9)
     assert PSAConfig(rule="threshold").compute_budget is None
     assert PSAConfig(rule="topk").level_fractions == (0.15, 0.10, 0.20, 0.0)
+
+
+def test_corrections_belong_to_the_budget_rule_and_the_paper_has_none():
+    assert PSAConfig().logit_correction == "variance"
+    assert PSAConfig(logit_correction="none").logit_correction == "none"
+    for name in (*(f"psa-{number}" for number in range(1, 6)), "psa-threshold"):
+        preset = PSAConfig.preset(name)
+        assert (preset.logit_correction, preset.value_correction) == ("none", None)
+    assert PSAConfig(rule="topk", logit_correction="variance").logit_correction == "variance"
 
 
 def test_it_cannot_be_changed():

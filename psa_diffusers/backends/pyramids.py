@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..planning.plan import Plan
 from .covariance import CovarianceSum
+from .logit_variance import logit_correction
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class HeadPyramid:
-    """One head's keys, values and, when asked for, variances of the keys and covariance of the two."""
+    """One head's keys and values and, when asked for, covariance of the two."""
 
-    tables: tuple[Tensor, ...]  # 2 or 3 times [rows, head_dim]: means over real tokens (keys scaled); 0 without any
-    log_count: Tensor  # [rows] ln(real tokens); -inf without any
+    tables: tuple[Tensor, Tensor]  # [rows, head_dim] each: means over real tokens (keys scaled); 0 without any
+    bias: Tensor  # [rows] ln(real tokens), and the logit correction if it was asked for; -inf without any token
     block_has_real: Tensor | None  # bool [blocks]; None: all have
     covariance: Tensor | None  # [head_dim (of values), head_dim (of scaled keys)]; None unless asked for
     row_shares: Tensor | None  # [rows] how much of the covariance each row's level loses
@@ -57,22 +58,24 @@ def build_head_pyramid(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    tables: tuple[Tensor, ...],
+    tables: tuple[Tensor, Tensor],
     scale: float,
     *,
     order: Tensor | None,
     real: Tensor | None,
     counted: Tensor | None = None,
+    power: Tensor | None = None,
 ) -> HeadPyramid:
     """The pyramid of key and value [key_length, head_dim].
 
     Args:
         key, value: In raster order, any floating dtype and strides.
-        tables: [empty_row + 1, head_dim] each, to be written: keys, values and, if there is a third, variances.
+        tables: [empty_row + 1, head_dim] each, to be written: keys and values.
         scale: Factor of the keys.
         order: int64 [key_length], the token at each position; None = raster.
         real: bool [key_length] in block order; None = all are real.
         counted: bool [blocks], those that count in the covariance; None = no covariance.
+        power: [head_dim], of the head's queries, for the logit correction; None = no correction.
     """
     length, capacity = len(key), layout.starts[1]
     for table, tokens in zip(tables, (key, value), strict=False):
@@ -85,24 +88,28 @@ def build_head_pyramid(
     for table in tables:
         table[length:capacity] = 0
         table[layout.empty_row] = 0
-    for variance in tables[2:]:
-        variance[:capacity] = 0
+    variance = None if power is None else torch.zeros_like(count)
     even = real is None and length == capacity
     products = None if counted is None else CovarianceSum(tables[0], counted, capacity if even else None)
     for level in range(1, layout.num_levels + 1):
         fine, coarse = (slice(layout.starts[item], layout.starts[item + 1]) for item in (level - 1, level))
         rows, pooled = ([table[part] for table in tables] for part in (fine, coarse))
         _merge(rows, count[fine], pooled, count[coarse], even, products)
+        if variance is not None:
+            variance[coarse] = _merged_variance(rows[0], count[fine], variance[fine], pooled[0], count[coarse], power)
         if products is not None:
             products.finish_level()
+    bias = count.log()
+    if variance is not None:
+        bias += logit_correction(variance, bias, 1.0)  # the keys are scaled
     centroids = count[layout.starts[-2] : layout.empty_row]
     has_real = None if even else centroids > 0
     if products is None:
-        return HeadPyramid(tables, count.log(), has_real, None, None)
+        return HeadPyramid(tables, bias, has_real, None, None)
     covariance, shares = products.covariance(centroids)
     rows = torch.tensor([size * layout.blocks for size in layout.sizes] + [1], device=key.device)
     shares = torch.cat([shares[1:], shares[:1]]).repeat_interleave(rows)  # the empty row is a skipped one
-    return HeadPyramid(tables, count.log(), has_real, covariance, shares)
+    return HeadPyramid(tables, bias, has_real, covariance, shares)
 
 
 def take(tokens: Tensor, order: Tensor | None, *, out: Tensor) -> None:
@@ -140,7 +147,7 @@ def _halve(
     even: bool,
     products: CovarianceSum | None,
 ) -> None:
-    """Means, variances and counts of pairs of rows: coarse [n, head_dim] and count [n] from twice as many rows."""
+    """Means and counts of pairs of rows: coarse [n, head_dim] and count [n] from twice as many rows."""
     first, second = fine_count.unflatten(0, (-1, 2)).unbind(1)
     torch.add(first, second, out=count)
     if products is not None:
@@ -150,6 +157,14 @@ def _halve(
     for source, target in zip(fine, coarse, strict=True):
         pair = source.unflatten(0, (-1, 2))
         torch.lerp(pair[:, 1], pair[:, 0], share, out=target)
-    if len(fine) == 3:
-        means = fine[0].unflatten(0, (-1, 2))
-        coarse[2] += share * (1 - share) * (means[:, 0] - means[:, 1]) ** 2
+
+
+def _merged_variance(
+    means: Tensor, counts: Tensor, variance: Tensor, coarse: Tensor, count: Tensor, power: Tensor
+) -> Tensor:
+    """[n]: the variance of merged groups, weighed by ``power`` [head_dim], from their means ``coarse`` [n, head_dim]
+    and tokens ``count`` [n], and from the means, counts and variances [m * n] of their parts."""
+    groups = (len(count), -1)
+    between = (means.unflatten(0, groups) - coarse[:, None]).square_() @ power
+    shares = counts.view(groups) / count.clamp(min=1)[:, None]
+    return (shares * (variance.view(groups) + between)).sum(1)

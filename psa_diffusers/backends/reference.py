@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..planning.plan import Plan
 from .covariance import Covariance, counted_blocks, covariance_of_levels
+from .logit_variance import logit_correction as correction_of_rows
+from .logit_variance import query_power
 
 
 class PyramidRows(NamedTuple):
@@ -38,10 +40,9 @@ def attend_reference(
 
     A pooled key is the mean of its group's real tokens (neither padding nor beyond the end), and counts for that many:
     its logit is ``scale * q . mean(k) + ln(count)``. With ``logit_correction="variance"`` a group of several tokens
-    also gets ``min(scale**2 / 2 * sum_d(q_d**2 * var_d(k)), ln(count))``, ``var_d`` being the population variance of
-    channel d over the group's real tokens. That is by how much ``ln(mean(exp(x)))`` exceeds the mean of normally
-    distributed logits x with independent channels. For n such logits it holds as long as half their variance is below
-    ln(n); beyond, the largest logit alone decides, and the formula would overrate the group: hence the clamp.
+    also gets ``min(scale**2 / 2 * sum_d(power_d * var_d(k)), ln(count))``, as :mod:`~psa_diffusers.backends
+    .logit_variance` says: ``var_d`` is the population variance of channel d over the group's real tokens, ``power_d``
+    the mean of ``q_d**2`` over the head's queries number 0, 13, 26, ... of the sequence.
 
     With ``value_correction="covariance"`` the covariance of values with keys, one matrix C a head, is given back to
     pooled groups, as :mod:`~psa_diffusers.backends.covariance` says. C is that of whole kv blocks, level
@@ -68,12 +69,16 @@ def attend_reference(
     real = plan.real_keys()
     tokens = slice(None) if plan.order is None else plan.order.to(query.device)
     counted = counted_blocks(plan) if value_correction == "covariance" else None
+    power = query_power(query, precise)
     outputs, sums = [], []
     for sample in range(query.shape[0]):
         for head in range(query.shape[2]):
             head_key, head_value = key[sample, tokens, head], value[sample, tokens, head]
             is_real = head_key.new_ones(len(head_key), dtype=torch.bool) if real is None else real[sample]
             rows = pyramid_rows(head_key, head_value, is_real, plan.kv_block_size, plan.num_levels, precise)
+            bias = rows.count.log()
+            if logit_correction == "variance":
+                bias = bias + correction_of_rows(rows.variance @ power[sample, head], bias, scale)
             covariance = None
             if counted is not None:
                 inside = counted[sample, head].repeat_interleave(plan.kv_block_size)[: len(head_key)] & is_real
@@ -86,7 +91,7 @@ def attend_reference(
             for block, levels in zip(blocks, plan.level_mask[sample, head], strict=True):
                 read = (levels[rows.block] == rows.level) & (rows.count > 0)
                 read_rows = PyramidRows(*(item[read] for item in rows))
-                output, lse = _attend_block(block, read_rows, scale, logit_correction, covariance)
+                output, lse = _attend_block(block, read_rows, bias[read], scale, covariance)
                 outputs.append(output)
                 sums.append(lse)
     batch, length, heads, head_dim = query.shape
@@ -146,17 +151,13 @@ def head_covariance(key: Tensor, value: Tensor, counted: Tensor, kv_block_size: 
 
 
 def _attend_block(
-    query: Tensor, rows: PyramidRows, scale: float, logit_correction: str, covariance: Covariance | None
+    query: Tensor, rows: PyramidRows, bias: Tensor, scale: float, covariance: Covariance | None
 ) -> tuple[Tensor, Tensor]:
     """Output [queries, head_dim] and lse [queries] of one block of queries over the rows that it reads."""
-    precise = rows.variance.dtype
+    precise = bias.dtype
     if len(rows.key) == 0:
         return torch.zeros_like(query), query.new_full((len(query),), -math.inf, dtype=precise)
-    log_count = rows.count.log()
-    logits = (query @ rows.key.mT).to(precise) * scale + log_count
-    if logit_correction == "variance":
-        half_variance = (query.to(precise) ** 2 @ rows.variance.mT) * (scale**2 / 2)
-        logits = logits + torch.minimum(half_variance, log_count)
+    logits = (query @ rows.key.mT).to(precise) * scale + bias
     lse = logits.logsumexp(-1)
     weights = (logits - lse[:, None]).exp()
     output = weights.to(rows.value.dtype) @ rows.value

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..planning.plan import Plan
 from ..products import linear
 from .covariance import counted_blocks
+from .logit_variance import query_power
 from .pyramids import HeadPyramid, Layout, build_head_pyramid, take
 from .reads import Reads, list_reads
 from .workers import run_groups, thread_count
@@ -57,13 +58,14 @@ def attend_torch(
         Output like ``query`` (contiguous), and lse [batch, heads, query_length] (natural logarithm; float64 for float64
         inputs, else float32) or None. A query with nothing to read gets output 0 and lse -inf.
     """
-    call = _Call(query, key, value, plan, scale, value_correction == "covariance", return_lse)
+    corrections = (logit_correction == "variance", value_correction == "covariance")
+    call = _Call(query, key, value, plan, scale, *corrections, return_lse)
     heads = [(sample, head) for sample in range(query.shape[0]) for head in range(query.shape[2])]
     workers = thread_count(query.device)
     # One head is worked on while the next is prepared, where that does not take too much memory beside K and V.
     slots = min(len(heads), workers, max(1, len(heads) // 2))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        memory = [call.empty_memory(with_variance=logit_correction == "variance") for _ in range(slots)]
+        memory = [call.empty_memory() for _ in range(slots)]
         attend = partial(_attend_blocks, most_logits=max(MOST_LOGITS_OF_ONE, MOST_LOGITS // workers))
         run_groups(heads, memory, call.prepare, attend, call.finish, workers)
     return call.out, call.lse
@@ -72,7 +74,7 @@ def attend_torch(
 class _Memory:
     """What a head is worked on in; used for one head after the other."""
 
-    def __init__(self, tables: tuple[Tensor, ...], rows: Tensor, lse: Tensor | None) -> None:
+    def __init__(self, tables: tuple[Tensor, Tensor], rows: Tensor, lse: Tensor | None) -> None:
         self.tables = tables  # of the pyramid
         self.rows = rows  # [query_length, head_dim]: queries, and then their output
         self.lse = lse  # [query_length]
@@ -98,6 +100,7 @@ class _Call:
         value: Tensor,
         plan: Plan,
         scale: float,
+        with_variance: bool,
         with_covariance: bool,
         return_lse: bool,
     ) -> None:
@@ -108,13 +111,14 @@ class _Call:
         self.order = None if plan.order is None else plan.order.to(query.device)
         self.real = plan.real_keys()
         self.counted = counted_blocks(plan) if with_covariance else None
+        self.power = query_power(query, self.precise) if with_variance else None
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = query.new_empty(batch, heads, length, dtype=self.precise) if return_lse else None
 
-    def empty_memory(self, with_variance: bool) -> _Memory:
+    def empty_memory(self) -> _Memory:
         """Memory for a head."""
         length, head_dim = self.query.shape[1], self.query.shape[3]
-        shapes = [(self.layout.empty_row + 1, head_dim)] * (3 if with_variance else 2) + [(length, head_dim)]
+        shapes = [(self.layout.empty_row + 1, head_dim)] * 2 + [(length, head_dim)]
         *tables, rows = (self.query.new_empty(shape, dtype=self.precise) for shape in shapes)
         return _Memory(tuple(tables), rows, None if self.lse is None else self.lse.new_empty(length))
 
@@ -123,10 +127,9 @@ class _Call:
         sample, head = place
         real = None if self.real is None else self.real[sample]
         key, value = self.key[sample, :, head], self.value[sample, :, head]
-        counted = None if self.counted is None else self.counted[sample, head]
-        pyramid = build_head_pyramid(
-            key, value, self.layout, memory.tables, self.scale, order=self.order, real=real, counted=counted
-        )
+        counted, power = (None if part is None else part[sample, head] for part in (self.counted, self.power))
+        options = {"order": self.order, "real": real, "counted": counted, "power": power}
+        pyramid = build_head_pyramid(key, value, self.layout, memory.tables, self.scale, **options)
         if pyramid.row_shares is not None and self.plan.value_gain is not None:
             gain = self.plan.value_gain[sample, head].to(pyramid.row_shares)
             pyramid = replace(pyramid, row_shares=pyramid.row_shares * gain)
@@ -180,12 +183,8 @@ def _attend_blocks(blocks: _Blocks, most_logits: int) -> None:
 
 def _attend(queries: Tensor, lse: Tensor | None, reads: Tensor, pyramid: HeadPyramid) -> None:
     """Write over queries [n, head_dim] their output, and over lse [n] theirs, from these rows of the pyramid."""
-    key, value, *variance = pyramid.tables
-    bias = pyramid.log_count.index_select(0, reads)
-    logits = linear(queries, key.index_select(0, reads), bias)
-    if variance:
-        half_variance = linear(queries**2, variance[0].index_select(0, reads)) * 0.5
-        logits += torch.minimum(half_variance, bias)
+    key, value = pyramid.tables
+    logits = linear(queries, key.index_select(0, reads), pyramid.bias.index_select(0, reads))
     if lse is not None:
         torch.logsumexp(logits, -1, out=lse)
     weights = torch.softmax(logits, -1, out=logits)
@@ -200,13 +199,10 @@ def _attend(queries: Tensor, lse: Tensor | None, reads: Tensor, pyramid: HeadPyr
 def _attend_together(blocks: _Blocks) -> None:
     """:func:`_attend` for blocks of as many queries that read as many rows: n blocks of q queries, r rows each."""
     (count, _, reads), pyramid = blocks.reads, blocks.pyramid
-    key, value, *variance = (table.index_select(0, reads).view(count, -1, table.shape[1]) for table in pyramid.tables)
+    key, value = (table.index_select(0, reads).view(count, -1, table.shape[1]) for table in pyramid.tables)
     queries = blocks.rows.view(count, -1, blocks.rows.shape[1])
-    bias = pyramid.log_count.index_select(0, reads).view(count, 1, -1)
+    bias = pyramid.bias.index_select(0, reads).view(count, 1, -1)
     logits = torch.bmm(queries, key.mT).add_(bias)
-    if variance:
-        half_variance = torch.bmm(queries**2, variance[0].mT) * 0.5
-        logits += torch.minimum(half_variance, bias)
     if blocks.lse is not None:
         torch.logsumexp(logits, -1, out=blocks.lse.view(count, -1))
     weights = torch.softmax(logits, -1, out=logits)

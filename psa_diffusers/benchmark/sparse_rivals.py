@@ -94,7 +94,7 @@ def naive_level_1(case: BenchCase, inputs: Inputs) -> float:
         raise ValueError("kernels are timed on a GPU only")
     plan = binary_plan(case, inputs)
     pyramid, lists, scale = naive_pyramid(key, value, plan), naive_lists(plan), case.head_dim**-0.5
-    config = replace(case.config, value_correction="none", backend="triton")
+    config = replace(case.config, logit_correction="none", value_correction="none", backend="triton")
     ratios = []
     with kernel_for_all_gpus():
         for _ in range(LEVEL_1_REPEATS + 1):
@@ -122,7 +122,8 @@ def binary_plan(case: BenchCase, inputs: Inputs) -> Plan:
         case.config,
         rule="topk",
         level_fractions=(case.config.compute_budget or 1.0,) + (0.0,) * (case.config.num_levels - 1),
-        **dict.fromkeys(("compute_budget", "target_error", "budget_schedule", "value_correction", "level_thresholds")),
+        **dict.fromkeys(("compute_budget", "target_error", "budget_schedule", "level_thresholds")),
+        **dict.fromkeys(("logit_correction", "value_correction")),
     )
     return build_plan(*inputs, config, grid=case.grid, full_tokens=case.full_tokens)
 

@@ -77,7 +77,7 @@ def compare(
     from .processes import find_processes
     from .summary import show_comparison
 
-    processes = find_processes(device, "psa-compare")
+    processes = context.with_resource(find_processes(device, "psa-compare"))
     silent = quiet or not processes.is_main
     say = (lambda text: None) if silent else partial(typer.echo, err=True)
     make_job = partial(

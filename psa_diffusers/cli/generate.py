@@ -78,7 +78,7 @@ def generate(
     from .processes import find_processes
     from .summary import show
 
-    processes = find_processes(device)
+    processes = context.with_resource(find_processes(device))
     prepare = partial(
         generation.prepare,
         prompts=(prompt, prompts_file),

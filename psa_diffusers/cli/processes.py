@@ -27,6 +27,8 @@ class JointError(CommandError):
 class Processes:
     """The processes of a job; this class is the one that is alone.
 
+    As a context it takes leave of the others: within it, and not after it, they can do things together.
+
     Attributes:
         index, count: This process's number (0 = main), and how many there are.
         device: What this process runs on, where a launcher decided; else None.
@@ -34,6 +36,12 @@ class Processes:
 
     index, count = 0, 1
     device: str | None = None
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +80,15 @@ class LaunchedProcesses(Processes):
         self.index, self.count, self.device = state.process_index, state.num_processes, str(state.device)
         # A launcher stops the others when one of them dies: what they are writing is then removed, as by Ctrl-C.
         signal.signal(signal.SIGTERM, _leave)
+        self._is_waiting = False
+
+    def __exit__(self, *_: object) -> None:
+        # A process that ends with gloo's threads alive is now and then aborted by them, and its launcher then stops the
+        # others. But taking leave in the middle of an exchange would wait for processes that may be gone.
+        if not self._is_waiting:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
 
     def together(self, work: Callable[[], T]) -> list[T]:
         error, outcome = None, None
@@ -89,6 +106,7 @@ class LaunchedProcesses(Processes):
         import torch
         import torch.distributed as dist
 
+        self._is_waiting = True
         # Waited for here, where a signal is heard, and not in the exchange, where it is not.
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
         while not arrived.is_completed():
@@ -99,6 +117,7 @@ class LaunchedProcesses(Processes):
             dist.all_gather_object(items, item)
         except RuntimeError as error:
             raise CommandError("another process stopped. Finished files were kept; run it again.") from error
+        self._is_waiting = False
         return items
 
 

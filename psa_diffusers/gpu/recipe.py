@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .arena import Use, lay_out
+from .graphs import Graphs, may_capture
 from .kernel_launch import KernelLaunch, on_device
 
 _MOST_RECIPES = 256  # by then shapes change at every call, and keeping them is of no use
+GRAPH_BYTES = 2**28  # of inputs; what takes more keeps the GPU so busy that the host is ahead of it
 
 
 class Recording(NamedTuple):
@@ -112,6 +114,7 @@ class Recipe:
         self._made = [(tensor.shape, tensor.dtype) for tensor in results]
         self._constants = recording.constants  # alive as long as their addresses are used
         self._device = next(tensor.device for tensor in inputs if tensor is not None)
+        self._graphs = Graphs() if sum(x.nbytes for x in inputs if x is not None) <= GRAPH_BYTES else None
         named = {id(tensor): slot for slot, tensor in enumerate(inputs) if tensor is not None}
         whole = {_storage(tensor): slot for slot, tensor in enumerate(results, start=len(inputs))}
         fixed = {id(tensor) for tensor in recording.constants}
@@ -150,19 +153,28 @@ class Recipe:
             arena = torch.empty(self._bytes, dtype=torch.uint8, device=device)
             slots = [*inputs, *results, arena]
             if device.type == "cuda":
-                _launch_all(self._steps, slots, device)
+                self._launch(slots)
             else:
                 _interpret_all(self._steps, slots, len(inputs))
         return results
 
+    def _launch(self, slots: Sequence[Tensor | None]) -> None:
+        """Every launch on a GPU's current stream; as a graph where the addresses are those of an earlier call.
 
-def _launch_all(steps: Sequence[_Step], slots: Sequence[Tensor | None], device: torch.device) -> None:
-    """Every launch on a GPU's current stream, with addresses for tensors: the least that a launch can be told.
+        Hooks of Triton that someone has set (profilers do, and the benchmark) hear of every launch, so that there is no
+        graph then.
+        """
+        starts = tuple(0 if tensor is None else tensor.data_ptr() for tensor in slots)
+        hooks = launch_hooks()
+        if self._graphs is None or hooks != (None, None) or not may_capture():
+            _launch_all(self._steps, starts, self._device, hooks)
+            return
+        self._graphs.run(starts, self._device, lambda: _launch_all(self._steps, starts, self._device, hooks))
 
-    Hooks of Triton that someone has set (profilers do, and the benchmark) are called as Triton does.
-    """
-    stream, (entered, left) = _current_stream(device), launch_hooks()
-    starts = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
+
+def _launch_all(steps: Sequence[_Step], starts: Sequence[int], device: torch.device, hooks: tuple[Any, Any]) -> None:
+    """Every launch on a GPU's current stream, with addresses for tensors: the least that a launch can be told."""
+    stream, (entered, left) = _current_stream(device), hooks
     for launch, compiled, template, places in steps:
         values = template.copy()
         for argument, slot, offset, _, descriptor in places:

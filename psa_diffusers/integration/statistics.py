@@ -18,6 +18,8 @@ from .schedule import STEP_UNKNOWN, Step
 
 DENSE, SPARSE, SKIPPED = "dense", "sparse", "skipped"
 
+_PIECE = 256  # tensors in one piece of memory
+
 # Seconds, or a GPU's events around them.
 Duration = float | tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -75,6 +77,7 @@ class PSAStatistics:
         self.calls: list[SparseCall] = []
         self.dense: Counter[tuple[int | None, int | None, str]] = Counter()
         self.steps: list[tuple[int, int, str]] = []
+        self._kept = _Kept()
         self.backend: str | None = None
         self.backend_reason: str | None = None
         self.planner: str | None = None
@@ -107,7 +110,7 @@ class PSAStatistics:
         self.sparse_calls += 1
         if self.planner is None:
             self.planner, self.planner_reason = plan.planner, plan.planner_reason
-        counts, cost = plan.level_counts(), None
+        counts, cost = self._kept.keep(plan.level_counts()), None
         if heads_group is not None:  # every process takes part, so it cannot wait until someone reads
             cost = mean_over_heads(plan.mean_cost(counts), plan.level_mask.shape[1], heads_group)
         facts = (plan.num_levels, plan.kv_block_size, self._last["planning"])
@@ -245,6 +248,28 @@ class PSAStatistics:
 
     def __repr__(self) -> str:
         return f"PSAStatistics(sparse_calls={self.sparse_calls}, dense_reasons={self.dense_reasons})"
+
+
+class _Kept:
+    """Copies of small tensors, many in one piece of memory.
+
+    A tensor that lives on takes its place from the next call, whose tensors then lie elsewhere: kernels that run again
+    over the same memory are enqueued faster (:mod:`psa_diffusers.gpu.graphs`).
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[tuple, Iterator[torch.Tensor]] = {}
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on its device; on a CPU the tensor itself."""
+        if tensor.device.type == "cpu":
+            return tensor
+        kind = tensor.shape, tensor.dtype, tensor.device
+        place = next(self._pieces.get(kind, iter(())), None)
+        if place is None:
+            self._pieces[kind] = iter(tensor.new_empty(_PIECE, *tensor.shape).unbind())
+            place = next(self._pieces[kind])
+        return place.copy_(tensor)
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -255,6 +255,7 @@ class _Planner:
         for _ in range(ROUNDS):
             errors = measure_row_errors(
                 *(self.query, self.key, self.value, levels, self.layout.order, self.real),
+                logit_correction=config.logit_correction,
                 value_correction=config.value_correction,
                 query_block_size=config.query_block_size,
                 kv_block_size=config.kv_block_size,

@@ -8,6 +8,7 @@ queries of every head are computed in full and by the plan, and the gain is what
 Nothing is pooled for it. The logit of a pooled key is the mean of its group's logits, since it is linear in the key;
 and ``C q`` is the mean over tokens of ``value x (logit - mean logit of its group)``. So one product with the keys and
 one with the values make all of it: for ROWS queries, (num_levels + 3) x ROWS / 2 / tokens of dense attention's work.
+The logit correction is left out of the fit, since that would be a pass over all keys a level.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..backends.logit_variance import logit_correction as correction_of_groups
+from ..backends.logit_variance import query_power
 
 ROWS = 16
 GAIN_LIMIT = 1.5
@@ -78,8 +82,12 @@ def rows_by_plan(
     kv_block_size: int,
     num_levels: int,
     scale: float,
+    power: Tensor | None = None,
 ) -> Iterator[Rows]:
-    """``count`` rows, computed in full and by the plan, a few heads at a time in their order; arguments as above."""
+    """``count`` rows, computed in full and by the plan, a few heads at a time in their order; arguments as above.
+
+    ``power`` [batch, heads, head_dim] is that of the queries, for the logit correction; None = without.
+    """
     batch, heads, _, kv_blocks = levels.shape
     positions = _rows_on(query.shape[1], seed, str(query.device), count)
     rows, block = positions if order is None else order[positions], positions // query_block_size
@@ -93,7 +101,10 @@ def rows_by_plan(
         keys, values = (_blocks(_heads_first(x[:, :, some]), order, inside, len(part)) for x in (key, value))
         logits = torch.bmm(_heads_first(queries[:, :, some]), keys.flatten(1, 2).mT).unflatten(2, keys.shape[1:3])
         some_levels = levels[:, some].index_select(2, block).flatten(0, 1)
-        yield _both_ways(logits, values, _of_heads(inside, len(part)), some_levels, num_levels)
+        head_inside, corrections = _of_heads(inside, len(part)), None
+        if power is not None:
+            corrections = _corrections(keys, head_inside, power[:, some].flatten(0, 1), num_levels, scale)
+        yield _both_ways(logits, values, head_inside, some_levels, num_levels, corrections)
 
 
 def sampled_rows(length: int, seed: int, count: int | None = None) -> Tensor:
@@ -126,15 +137,46 @@ def _gain(rows: Rows) -> Tensor:
     return torch.where(power > 0, fitted, 0.0).clamp_(0.0, GAIN_LIMIT)
 
 
-def _both_ways(logits: Tensor, values: Tensor, inside: Tensor, levels: Tensor, num_levels: int) -> Rows:
+def _group_sizes(block_size: int, num_levels: int) -> list[int]:
+    """Of levels 2 .. num_levels and the centroid."""
+    return [2**level for level in range(1, num_levels)] + [block_size]
+
+
+def _corrections(keys: Tensor, inside: Tensor, power: Tensor, num_levels: int, scale: float) -> list[Tensor]:
+    """For each level from 2 on the logit correction of every token's group, [batch, 1, blocks, block size].
+
+    keys [batch, blocks, block size, head_dim], inside bool [batch or 1, blocks, block size], power [batch, head_dim].
+    """
+    found = []
+    for size in _group_sizes(keys.shape[2], num_levels):
+        groups, real = keys.unflatten(2, (-1, size)), inside.unflatten(2, (-1, size))[..., None]
+        count = real.sum(3, keepdim=True)
+        gaps = (groups - groups.sum(3, keepdim=True) / count.clamp(min=1)).square_().mul_(real)
+        squares = (gaps.flatten(1, 3) @ power[:, :, None]).view(*gaps.shape[:4]).sum(3)
+        count = count[..., 0, 0]
+        each = correction_of_groups(squares / count.clamp(min=1), count.log(), scale)
+        found.append(each.repeat_interleave(size, 2)[:, None])
+    return found
+
+
+def _both_ways(
+    logits: Tensor,
+    values: Tensor,
+    inside: Tensor,
+    levels: Tensor,
+    num_levels: int,
+    corrections: list[Tensor] | None,
+) -> Rows:
     """Of a head: logits [batch, rows, blocks, block size], values [batch, blocks, block size, head_dim],
     inside bool [batch or 1, blocks, block size], levels int8 [batch, rows, blocks]."""
     inside = inside[:, None]
     logits = torch.where(inside, logits, 0.0)
-    coarse, gaps, sizes = logits, [], [2**level for level in range(1, num_levels)] + [logits.shape[3]]
-    for level, size in enumerate(sizes, start=2):
+    coarse, gaps = logits, []
+    for level, size in enumerate(_group_sizes(logits.shape[3], num_levels), start=2):
         pooled = _group_means(logits, inside, size)
         gaps.append(logits - pooled)
+        if corrections is not None:
+            pooled = pooled + corrections[level - 2]
         coarse = torch.where((levels == level)[..., None], pooled, coarse)
     dense, sparse = (
         torch.softmax(x.masked_fill(~inside, -torch.inf).flatten(2), -1).view_as(x) for x in (logits, coarse)
@@ -182,17 +224,16 @@ def measure_row_errors(
     order: Tensor | None,
     real: Tensor | None,
     *,
+    logit_correction: str,
     value_correction: str,
     seed: int,
     count: int,
     **sizes: float,
 ) -> Tensor:
-    """Relative squared error [batch, heads] of the plan's output, on ``count`` rows; arguments as above.
-
-    With ``logit_correction="variance"`` the error is a little less than this, which does without.
-    """
+    """Relative squared error [batch, heads] of the plan's output, on ``count`` rows; arguments as above."""
     found = []
-    for rows in rows_by_plan(query, key, value, levels, order, real, seed, count, **sizes):
+    power = query_power(query, torch.float32) if logit_correction == "variance" else None
+    for rows in rows_by_plan(query, key, value, levels, order, real, seed, count, power=power, **sizes):
         share = {"none": 0.0, "covariance": 1.0}.get(value_correction)
         gain = _gain(rows)[:, None, None] if share is None else share
         lost = (rows.lost - gain * rows.correction).square().sum((1, 2))

@@ -36,15 +36,16 @@ def scaled_config(method: str, factor: float, base: PSAConfig) -> PSAConfig:
     if method not in SCALED:
         raise ValueError(f"scaled_config: method must be one of {', '.join(SCALED)}, but is {method!r}.")
     rule, setting, values = SCALED[method]
-    of_other_rules = (
+    by_rule = (  # what only some rules read, or have another default in each
         "compute_budget",
         "target_error",
         "budget_schedule",
+        "logit_correction",
         "value_correction",
         "level_thresholds",
         "level_fractions",
     )
-    cleared = dict.fromkeys(of_other_rules)
+    cleared = dict.fromkeys(by_rule)
     scaled = tuple(min(1.0, value * factor) for value in values)
     return replace(base, rule=rule, **{**cleared, setting: scaled})
 

@@ -54,6 +54,7 @@ def settings_at(budget: float) -> dict[str, PSAConfig]:
     default = PSAConfig(compute_budget=budget)
     return {
         "budget rule (the default)": replace(default, value_correction="covariance"),
+        "the same, logit_correction=none": replace(default, logit_correction="none"),
         "the same, value_correction=none": replace(default, value_correction="none"),
         "PSA-3 shares": scaled_config("psa-3 shares", budget / PSA3_BUDGET, default),
         "binary": scaled_config("binary, top-k", budget, default),

@@ -19,7 +19,7 @@ from psa_diffusers.planning.levels import cap_levels
 from psa_diffusers.planning.plan import Plan
 from psa_diffusers.planning.similarity import similarity_cap
 
-PAPER = PSAConfig(importance_reduction="max")
+PAPER = PSAConfig(importance_reduction="max", logit_correction="none")
 PRESETS = {f"PSA-{i}": PSAConfig.preset(f"psa-{i}").level_fractions for i in range(1, 6)}
 THRESHOLDS = PSAConfig.preset("psa-threshold").level_thresholds
 
@@ -73,7 +73,7 @@ def estimator_share(config: PSAConfig) -> float:
 
 def by_levels(choose: Callable[[Tensor, float, PSAConfig], Tensor], base: PSAConfig = PAPER) -> Policy:
     """A policy from scores [batch, heads, query_blocks, kv_blocks] and a budget to levels."""
-    attending = replace(base, rule="topk", compute_budget=None, value_correction=None)
+    attending = _read_only(base)
 
     def policy(case: Case, budget: float) -> Result:
         levels = choose(scores(case, base), budget, base)
@@ -85,7 +85,9 @@ def by_levels(choose: Callable[[Tensor, float, PSAConfig], Tensor], base: PSACon
 
 def _read_only(base: PSAConfig) -> PSAConfig:
     """The importance, order and blocks of a config, of a rule that has no other settings."""
-    cleared = dict.fromkeys(("compute_budget", "value_correction", "level_thresholds", "level_fractions"))
+    cleared = dict.fromkeys(
+        ("compute_budget", "logit_correction", "value_correction", "level_thresholds", "level_fractions")
+    )
     return replace(base, rule="topk", **cleared)
 
 

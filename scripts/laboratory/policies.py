@@ -17,17 +17,14 @@ BINARY = (1.0, 0.0, 0.0, 0.0)
 # The budget rule's settings that are compared by themselves. Rows "variance of each query" in CSV files are of a former
 # definition of the logit correction.
 SMALL_BLOCKS = {"query_block_size": 64, "sampled_queries": 8}
-PLAIN = "ours, no logit correction"
-BEST = "ours, fitted, 64 queries, logit variance"
+PLAIN, BEST = "ours, no logit correction", "ours, fitted, 64 queries"
 OUR_CONFIGS = {
+    "ours, default": PSAConfig(),
+    "ours, fitted": PSAConfig(value_correction="fitted"),
+    "ours, 64 queries": PSAConfig(**SMALL_BLOCKS),
+    BEST: PSAConfig(value_correction="fitted", **SMALL_BLOCKS),
     PLAIN: PSAConfig(logit_correction="none"),
-    "ours, fitted, no logit correction": PSAConfig(logit_correction="none", value_correction="fitted"),
-    "ours, fitted, 64 queries, no logit correction": PSAConfig(
-        logit_correction="none", value_correction="fitted", **SMALL_BLOCKS
-    ),
-    "ours, 64 queries, no logit correction": PSAConfig(logit_correction="none", **SMALL_BLOCKS),
-    "ours, logit variance": PSAConfig(logit_correction="variance"),
-    BEST: PSAConfig(value_correction="fitted", logit_correction="variance", **SMALL_BLOCKS),
+    f"{BEST}, no logit correction": PSAConfig(value_correction="fitted", logit_correction="none", **SMALL_BLOCKS),
 }
 ESTIMATES = {
     "sampled max": PAPER,
@@ -62,13 +59,13 @@ def families() -> dict[str, dict[str, Policy]]:
     return {
         DEFAULT: {"default": budget_rule()},
         OURS: {
-            "default": budget_rule(),
+            "logit_correction=none": budget_rule(PSAConfig(logit_correction="none")),
             "logit_correction=variance": budget_rule(PSAConfig(logit_correction="variance")),
-            "value_correction=fitted": budget_rule(PSAConfig(value_correction="fitted")),
+            "value_correction=fitted": budget_rule(PSAConfig(value_correction="fitted", logit_correction="none")),
             "fitted, logit_correction=variance": budget_rule(
                 PSAConfig(value_correction="fitted", logit_correction="variance")
             ),
-            "value_correction=none": budget_rule(PSAConfig(value_correction="none")),
+            "value_correction=none": budget_rule(PSAConfig(value_correction="none", logit_correction="none")),
         },
         "binary, top-k": {name: quantiles(BINARY, config) for name, config in ORDERED.items()},
         "binary, threshold": {name: thresholds((1.0,) * 4, config) for name, config in ORDERED.items()},

@@ -207,11 +207,13 @@ def check_random_plans(attend, case: Case) -> None:
 
 
 def check_variance_correction(attend, case: Case) -> None:
-    """3b. The same with the variance added to the logits of pooled keys; large queries reach the clamp."""
+    """3b. The same with the variance added to the logits of pooled keys; large queries reach the clamp; padding."""
     query, key, value = make_inputs(case)
-    for gain in (1.0, 3.0):
+    lengths = [max(1, case.key_length - 3 * sample - 5) for sample in range(case.batch)]
+    for gain, key_lengths in ((1.0, None), (3.0, None), (1.0, lengths)):
         inputs = ((gain * query).to(case.dtype), key, value)
-        assert_agrees_with_reference(attend, case, inputs, make_plan(case), logit_correction="variance")
+        plan = make_plan(case, key_lengths=key_lengths)
+        assert_agrees_with_reference(attend, case, inputs, plan, logit_correction="variance")
 
 
 def check_value_correction(attend, case: Case) -> None:

@@ -126,6 +126,38 @@ def test_wrong_usage_is_said_once(request_of):
     assert json.loads(printed)["exit_code"] == 2
 
 
+LEAVES = """
+import sys
+import torch.distributed as dist
+from psa_diffusers.cli.errors import run_command
+from psa_diffusers.cli.{command} import app
+
+code = run_command("psa-{command}", app, sys.argv[1:])
+print(code, dist.is_initialized())
+"""
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_processes_take_leave_of_each_other(command, request_of, tmp_path):
+    """Where they do not, some abort at their end, and the launcher stops the others."""
+    script = tmp_path / "script.py"
+    script.write_text(LEAVES.format(command=command))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script]
+    words = [str(word) for word in (*launch, *request_of(["a red circle", "xyzzy"]), "--device", "cpu")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout.split() == ["2", "False"] * 2, done.stderr
+
+
+def test_nobody_waits_for_processes_that_may_be_gone(monkeypatch):
+    left = []
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append(True))
+    launched = processes.LaunchedProcesses.__new__(processes.LaunchedProcesses)
+    for launched._is_waiting, count in ((True, 0), (False, 1)):
+        with launched:
+            pass
+        assert len(left) == count
+
+
 class Two(processes.Processes):
     index, count, device = 1, 2, "cuda:1"
 

@@ -37,7 +37,7 @@ def test_every_method_reaches_the_budget_and_hardly_more(method, target, calls):
 def test_methods_differ_in_the_rule_alone(method):
     base = PSAConfig(kv_block_size=32, importance="pooled", order="raster", dense_warmup=0.5)
     config = scaled_config(method, 0.5, base)
-    own = {"rule", "compute_budget", "value_correction", "level_thresholds", "level_fractions"}
+    own = {"rule", "compute_budget", "logit_correction", "value_correction", "level_thresholds", "level_fractions"}
     same = {name: value for name, value in base.to_dict().items() if name not in own}
     assert {name: value for name, value in config.to_dict().items() if name not in own} == same
     assert scaled_config(method, 1.0, PSAConfig()).rule == SCALED[method][0]

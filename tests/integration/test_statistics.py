@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from psa_diffusers.integration import enable_psa, operations, psa_statistics
+from psa_diffusers.integration import enable_psa, operations, psa_statistics, statistics
 from psa_diffusers.planning.plan import Plan
 
 from .tiny_wan import LAYERS, full_plan, generate, pipeline, tiny_config
@@ -176,3 +176,16 @@ def test_another_shape_makes_another_plan(recorder):
     assert [plan["grid"] for plan in recorder.plans] == [(3, 2, 3)] * LAYERS + [(6, 2, 3)] * LAYERS + [
         (3, 2, 6)
     ] * LAYERS
+
+
+def test_counts_of_a_gpu_are_kept_in_few_pieces_of_memory(monkeypatch):
+    """Tensors that live on one by one would take the next calls' places. The meta device stands in for a GPU."""
+    monkeypatch.setattr(statistics, "_PIECE", 3)
+    kept = statistics._Kept()
+    counts = [kept.keep(torch.zeros(6, 1, heads, dtype=torch.int64, device="meta")) for heads in (2, 2, 5, 2, 2)]
+    assert [tuple(tensor.shape) for tensor in counts] == [(6, 1, heads) for heads in (2, 2, 5, 2, 2)]
+    first, second, other, third, fourth = (tensor._base for tensor in counts)
+    assert first is second is third and len({id(piece) for piece in (first, other, fourth)}) == 3
+    assert [counts[i].storage_offset() for i in (0, 1, 3, 4)] == [0, 12, 24, 0]
+    tensor = torch.zeros(2)
+    assert kept.keep(tensor) is tensor

@@ -101,14 +101,14 @@ def test_padding_and_text_have_no_say():
     assert 1 / 64 < plans[0].compute_budget < 1
 
 
-def test_the_error_of_rows_is_that_of_the_output():
+@pytest.mark.parametrize("correction", ["none", "variance"])
+def test_the_error_of_rows_is_that_of_the_output(correction):
     inputs = video_like_qkv(2, GRID, 3, 32, seed=0)
-    config = PSAConfig(compute_budget=0.1, value_correction="none")
+    config = PSAConfig(compute_budget=0.1, logit_correction=correction, value_correction="none")
     plan = build_plan(*inputs, config, grid=GRID)
     sizes = {"query_block_size": 128, "kv_block_size": 64, "num_levels": 4, "scale": 32**-0.5}
-    given = measure_row_errors(
-        *inputs, plan.level_mask, plan.order, None, value_correction="none", seed=0, count=32, **sizes
-    )
+    corrections = {"logit_correction": correction, "value_correction": "none"}
+    given = measure_row_errors(*inputs, plan.level_mask, plan.order, None, **corrections, seed=0, count=32, **sizes)
     rows = plan.order[sampled_rows(1024, 0, 32)]
     dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)[:, rows]
     output = pyramid_sparse_attention(*inputs, config, plan=plan)[:, rows]

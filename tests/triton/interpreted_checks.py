@@ -7,6 +7,7 @@ import torch
 from psa_diffusers.backends.triton import attend_triton, launch
 from psa_diffusers.backends.triton.covariance import build_covariance
 from psa_diffusers.backends.triton.layout import PyramidLayout
+from psa_diffusers.backends.triton.logit_variance import logit_variance_launches
 from psa_diffusers.backends.triton.pyramid import build_pyramid
 from tests.backends import conformance
 
@@ -35,6 +36,24 @@ def covariance(key: torch.Tensor, value: torch.Tensor, kv_block_size: int, num_l
     """Matrix and factors of the value correction, from a pyramid of these keys and values."""
     layout = PyramidLayout(-(-key.shape[1] // kv_block_size), kv_block_size, num_levels)
     return tuple(build_covariance(build_pyramid(key, value, layout), layout, counted))
+
+
+def logit_correction(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor,
+    kv_block_size: int,
+    num_levels: int,
+) -> torch.Tensor:
+    """The bias with the logit correction, of a pyramid of these keys; its buffer holds NaN before."""
+    layout = PyramidLayout(-(-key.shape[1] // kv_block_size), kv_block_size, num_levels)
+    pyramid = build_pyramid(key, value, layout, key_lengths=key_lengths)
+    head_bias, launches = logit_variance_launches(query, pyramid, layout, 0.3)
+    head_bias.fill_(torch.nan)
+    for each in launches:
+        each.run()
+    return head_bias
 
 
 def compiled_attention(case: conformance.Case) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,8 +39,10 @@ LEAN = [
 ] + [
     Case(kernel, target, "bf16", 128)
     for kernel in (
-        "attention+covariance",
+        "attention+covariance+variance",
         "pyramid",
+        "query_power",
+        "logit_variance",
         "covariance",
         "covariance_finish",
         "statistics",
@@ -95,7 +97,7 @@ def check_required(case: Case) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_kernel(head_dim):
     """Runs on the asynchronous matrix units, fits, and keeps to registers where it multiplies."""
-    case = Case("hopper+covariance", "sm_90", "bf16", head_dim)
+    case = Case("hopper+covariance+variance", "sm_90", "bf16", head_dim)
     check_required(case)
     assert compile_case(case).matrix_unit == "wgmma"
     assert local_memory_in_matrix_loops(case) == 0
@@ -155,8 +157,8 @@ def test_problems_are_named(target, change, problem):
 
 
 def test_spills_are_found():
-    """fp32 products of 256 channels for sm_90, with the variance: known not to fit in registers."""
-    case = Case("attention+variance", "sm_90", "fp32", 128)
+    """The planner's second estimate with exact float32 products: known not to fit in registers."""
+    case = Case("centroids", "sm_90", "fp32", 128)
     assert not case.is_required
     assert compile_case(case).problem(case).startswith("spills ")
 

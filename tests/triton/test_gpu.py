@@ -8,6 +8,7 @@ import torch
 from psa_diffusers import PSAConfig
 from psa_diffusers.backends.reference import attend_reference
 from psa_diffusers.backends.triton import attend_triton, hopper, launch, read_lists
+from psa_diffusers.gpu import graphs
 from psa_diffusers.planning import Plan, build_plan
 from psa_diffusers.planning.triton import planner
 from tests.backends import conformance
@@ -74,11 +75,12 @@ def test_strides_do_not_matter(layout):
     assert torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("correction", ["none", "covariance"])
-def test_both_kernels_agree(monkeypatch, correction):
+@pytest.mark.parametrize("corrections", [("none", "none"), ("none", "covariance"), ("variance", "covariance")])
+def test_both_kernels_agree(monkeypatch, corrections):
     """The Hopper kernel and the one for all GPUs, on one plan; elsewhere the second alone, twice."""
     inputs, plan = [tensor.cuda() for tensor in conformance.make_inputs(WAN)], on_gpu(conformance.make_plan(WAN))
-    options = {"scale": WAN.scale, "value_correction": correction, "return_lse": True}
+    named = dict(zip(("logit_correction", "value_correction"), corrections, strict=True))
+    options = {"scale": WAN.scale, "return_lse": True, **named}
     found = attend_triton(*inputs, plan, **options)
     monkeypatch.setattr(hopper, "ENABLED", False)
     expected = attend_triton(*inputs, plan, **options)
@@ -90,11 +92,12 @@ def test_nothing_waits_for_the_device():
     inputs = [tensor.cuda() for tensor in conformance.make_inputs(WAN)]
     plan = on_gpu(conformance.make_plan(WAN))
     attend_triton(*inputs, plan, scale=WAN.scale)
-    plan.cache.clear()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend_triton(*inputs, plan, scale=WAN.scale)
+        for _ in range(4):  # as launches, as a graph that is made, and as one that is there
+            plan.cache.clear()
+            attend_triton(*inputs, plan, scale=WAN.scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -177,6 +180,33 @@ def test_replayed_calls_give_what_recorded_ones_do(monkeypatch, correction, hopp
             assert torch.equal(found[2], out) and torch.equal(found[3], lse)
             by_definition = dataclasses.replace(build_plan(*tensors, config), cache={}).level_counts()
             assert torch.equal(counts, by_definition)
+
+
+@pytest.mark.parametrize("hopper_kernel", [True, False])
+def test_calls_over_the_same_memory_become_graphs(monkeypatch, hopper_kernel):
+    """They give what launches give, for what is in the memory now, also on another stream."""
+    monkeypatch.setattr(hopper, "ENABLED", hopper_kernel)
+    tensors = torch.empty(3, 2, 2048, 3, 64, dtype=torch.bfloat16, device="cuda").unbind(0)
+    config = PSAConfig(value_correction="covariance")
+
+    def run(seed: int) -> tuple[torch.Tensor, ...]:
+        for tensor in tensors:
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))
+        plan = build_plan(*tensors, config)
+        out, lse = attend_triton(*tensors, plan, scale=0.125, value_correction="covariance", return_lse=True)
+        return plan.level_mask.cpu(), plan.level_counts().cpu(), out.cpu(), lse.cpu()
+
+    monkeypatch.setattr(graphs, "ENABLED", False)
+    expected = [run(seed) for seed in range(3)]
+    monkeypatch.setattr(graphs, "ENABLED", True)
+    forget_recipes()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for seed in (0, 1, 2) * 3:
+                assert all(map(torch.equal, run(seed), expected[seed]))
+    recipes = [known for module in (launch, read_lists, planner) for known, _ in module._RECIPES._known.values()]
+    assert len(recipes) >= 3 and all(known._graphs._used > 0 for known in recipes)
 
 
 @pytest.mark.parametrize("tokens, heads, head_dim", [(32760, 12, 128), (17776, 48, 64)])

@@ -1,10 +1,12 @@
 """The pyramid and the lists by themselves, and the arithmetic that arranges them."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
+from psa_diffusers.backends.logit_variance import logit_correction, query_power
 from psa_diffusers.backends.reference import pyramid_rows
 from psa_diffusers.backends.triton.layout import PyramidLayout
 from psa_diffusers.backends.triton.read_lists import ReadLists
@@ -25,13 +27,13 @@ def test_layout_packs_levels_without_gaps(kv_block_size, num_levels, share):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_pyramid_is_the_reference_s(interpreter, dtype):
-    """Every row of every level, the bias and the variance; with an order, padding, and a short last block."""
+    """Every row of every level, and the bias; with an order, padding, and a short last block."""
     case = Case(dtype, 40, 75, 75, kv_block_size=16, num_levels=3, heads=2, batch=2)
     _, key, value = make_inputs(case)
     order = torch.randperm(75, generator=torch.Generator().manual_seed(1))
     key_lengths = torch.tensor([75, 41])
     layout = PyramidLayout(5, 16, 3)
-    arguments = {"order": order, "key_lengths": key_lengths, "with_variance": True}
+    arguments = {"order": order, "key_lengths": key_lengths}
     module = "psa_diffusers.backends.triton.pyramid"
     pyramid = interpreter.call(module, "build_pyramid", key, value, layout, **arguments)
     rounding = 4 * torch.finfo(dtype).eps
@@ -42,12 +44,36 @@ def test_pyramid_is_the_reference_s(interpreter, dtype):
             kept = packed_rows_of(layout, expected)
             torch.testing.assert_close(pyramid.key[sample, head, kept], expected.key, rtol=rounding, atol=rounding)
             torch.testing.assert_close(pyramid.value[sample, head, kept], expected.value, rtol=rounding, atol=rounding)
-            found_variance = pyramid.variance[sample, head, kept].float()
-            torch.testing.assert_close(found_variance, expected.variance, rtol=rounding, atol=rounding)
             torch.testing.assert_close(pyramid.bias[sample, kept], expected.count.log2(), rtol=1e-6, atol=1e-6)
             assert (pyramid.key[sample, head, layout.empty_row] == 0).all()
             assert (pyramid.value[sample, head, layout.empty_row] == 0).all()
         assert pyramid.bias[sample, layout.empty_row] == -math.inf
+
+
+@pytest.mark.parametrize("gain", [0.3, 3.0])
+@pytest.mark.parametrize("kv_block_size, num_levels, head_dim", [(16, 3, 40), (64, 5, 24), (128, 1, 16)])
+def test_bias_with_the_logit_correction_is_the_reference_s(interpreter, kv_block_size, num_levels, head_dim, gain):
+    """Every row, level 1 and rows without tokens among them; large queries reach the clamp."""
+    length = 2 * kv_block_size + 11
+    query, key, value = make_inputs(Case(torch.float32, head_dim, 75, length, heads=2, batch=2))
+    key_lengths = torch.tensor([length, kv_block_size + 5])
+    layout = PyramidLayout(3, kv_block_size, num_levels)
+    inputs = gain * query, key, value, key_lengths, kv_block_size, num_levels
+    found = interpreter.call("tests.triton.interpreted_checks", "logit_correction", *inputs)
+    power = query_power(gain * query, torch.float32)
+    clamped = []
+    for sample, head in itertools.product(range(2), range(2)):
+        real = torch.arange(length) < key_lengths[sample]
+        rows = pyramid_rows(
+            key[sample, :, head], value[sample, :, head], real, kv_block_size, num_levels, torch.float32
+        )
+        log_count = rows.count.log()
+        expected = logit_correction(rows.variance @ power[sample, head], log_count, 0.3)
+        clamped.append((expected == log_count)[rows.count > 1])
+        here = found[sample, head, packed_rows_of(layout, rows)]
+        torch.testing.assert_close(here * math.log(2), log_count + expected, rtol=1e-5, atol=1e-5)
+    assert torch.cat(clamped).any() == (gain > 1.0)
+    assert (found[..., layout.empty_row] == -math.inf).all()
 
 
 def packed_rows_of(layout, rows):

@@ -50,6 +50,8 @@ CASES = [
     Case((4, 8, 8)),
     Case((3, 7, 9), batch=2, shuffled=True, settings=(("num_levels", 3),)),
     Case((3, 7, 9), head_dim=40, keys=131, settings=(("sampled_queries", 5), ("sampled_keys", 3))),
+    # So many blocks that tiles of samples are whole; a fourth of a tile's columns are no sample.
+    Case((3, 11, 17), heads=1, settings=(("sampled_queries", 5), ("sampled_keys", 3))),
     Case((3, 5, 9), batch=3, key_lengths=(135, 61, 0), shuffled=True),
     Case((4, 8, 8), dtype=torch.float16, head_dim=32, settings=(("kv_block_size", 32), ("sampled_queries", 16))),
     Case((4, 5, 5), heads=1, head_dim=96, settings=(("num_levels", 1), ("query_block_size", 8))),

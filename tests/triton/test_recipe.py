@@ -47,14 +47,23 @@ class Descriptor:
         return self.base + amount
 
 
+def launch_by_addresses(monkeypatch):
+    """On the CPU too."""
+
+    def launch(steps, slots, inputs):
+        starts = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
+        recipe._launch_all(steps, starts, None, (None, None))
+
+    monkeypatch.setattr(recipe, "_current_stream", lambda device: "stream")
+    monkeypatch.setattr(recipe, "_interpret_all", launch)
+
+
 @pytest.fixture(params=["addresses", "tensors"])
 def kernel(request, monkeypatch):
     """As on a GPU, where replays pass addresses; and as under the interpreter, where they pass tensors."""
     compiles = request.param == "addresses"
     if compiles:
-        launch_all = recipe._launch_all
-        monkeypatch.setattr(recipe, "_current_stream", lambda device: "stream")
-        monkeypatch.setattr(recipe, "_interpret_all", lambda steps, slots, inputs: launch_all(steps, slots, None))
+        launch_by_addresses(monkeypatch)
     return AddKernel(compiles)
 
 
@@ -152,15 +161,11 @@ def test_other_settings_are_recorded_anew(kernel):
     assert steps.recorded == 2
 
 
-def test_descriptors_follow_their_tensors():
-    kernel = AddKernel(compiles=True)
-    with pytest.MonkeyPatch.context() as patch:
-        launch_all = recipe._launch_all
-        patch.setattr(recipe, "_current_stream", lambda device: "stream")
-        patch.setattr(recipe, "_interpret_all", lambda steps, slots, inputs: launch_all(steps, slots, None))
-        steps = Steps(kernel, described=True)
-        for _ in range(3):
-            check(steps, torch.randint(99, (6,)).float(), torch.randint(99, (6,)).float())
+def test_descriptors_follow_their_tensors(monkeypatch):
+    launch_by_addresses(monkeypatch)
+    steps = Steps(AddKernel(compiles=True), described=True)
+    for _ in range(3):
+        check(steps, torch.randint(99, (6,)).float(), torch.randint(99, (6,)).float())
     assert steps.recorded == 1
 
 

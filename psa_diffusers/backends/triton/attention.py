@@ -83,15 +83,6 @@ def _load_packed(base, row, channel, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _half_variance(query, variance, scale, cap, PRECISION: tl.constexpr):
-    """min(scale^2 / 2 * sum_d(q_d^2 * var_d), ln n) in units of ln 2, [BM, BN]; ``cap`` [BN] is log2 n."""
-    scaled = query.to(tl.float32) * scale
-    squares = (scaled * scaled).to(variance.dtype)
-    spread = tl.dot(squares, tl.trans(variance), input_precision=PRECISION)
-    return tl.minimum(spread * (0.5 * 1.4426950408889634), cap[None, :])
-
-
-@triton.jit
 def _add_covariance(
     accumulator,
     lost,
@@ -135,7 +126,6 @@ def attention_kernel(
     packed_key,
     packed_value,
     bias,
-    variance,
     covariance,
     covariance_factors,
     blocks,
@@ -162,6 +152,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,
+    BIAS_OF_HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one tile of queries of one head. Logits, maximum and bias are in units of ln 2 (exp2, not exp).
@@ -190,9 +181,7 @@ def attention_kernel(
     base = local_head.to(tl.int64) * packed_rows * HEAD_DIM
     packed_key += base
     packed_value += base
-    if variance is not None:
-        variance += base
-    bias += batch * packed_rows
+    bias += (batch * heads + head if BIAS_OF_HEADS else batch) * packed_rows
     blocks += row.to(tl.int64) * kv_blocks
     counts += row.to(tl.int64) * (LEVELS + 1)
     level_blocks, tile_stops, list_starts = _level_tiles(counts, LOG_KV_BLOCK, LEVELS, BLOCK_N)
@@ -221,9 +210,6 @@ def attention_kernel(
         row_bias = tl.load(bias + packed_row)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)  # [BM, BN]
         logits = logits * (scale * LOG2E) + row_bias[None, :]
-        if variance is not None:
-            variance_tile = _load_packed(variance, packed_row, channel, HEAD_DIM, BLOCK_D)
-            logits += _half_variance(query_tile, variance_tile, scale, row_bias, PRECISION)
 
         new_max = tl.maximum(running_max, tl.max(logits, axis=1))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have read nothing real yet
@@ -276,6 +262,7 @@ def attention_launch(
     lists: ReadLists,
     layout: PyramidLayout,
     covariance: Covariance | None = None,
+    head_bias: Tensor | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -285,20 +272,18 @@ def attention_launch(
 ) -> KernelLaunch:
     """The launch that fills ``out`` [batch, query_length, heads, head_dim] and ``lse`` [batch, heads, query_length].
 
-    For some heads of one sample, ``lists`` and ``lse`` are still of all samples and heads; the first in the other
-    tensors is number ``first_head`` of them, sample after sample.
+    ``head_bias`` is the bias with the logit correction, by :mod:`~.logit_variance`; None = without. For some heads of
+    one sample, ``lists`` and ``lse`` are still of all samples and heads; the first in the other tensors is number
+    ``first_head`` of them, sample after sample.
     """
     batch, query_length, heads, head_dim = query.shape
     query_blocks = triton.cdiv(query_length, query_block_size)
-    tile = attention_tile(
-        target, head_dim, query.dtype, query_block_size, pyramid.variance is not None, covariance is not None
-    )
+    tile = attention_tile(target, head_dim, query.dtype, query_block_size, covariance is not None)
     arguments = {
         "query": query,
         "packed_key": pyramid.key,
         "packed_value": pyramid.value,
-        "bias": pyramid.bias,
-        "variance": pyramid.variance,
+        "bias": pyramid.bias if head_bias is None else head_bias,
         "covariance": covariance and covariance.matrix,
         "covariance_factors": covariance and covariance.factors,
         "blocks": lists.blocks,
@@ -325,6 +310,7 @@ def attention_launch(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "CHUNK_D": min(16, padded_head_dim(head_dim)),
+        "BIAS_OF_HEADS": head_bias is not None,
         "PRECISION": "ieee",
     }
     grid = (batch * heads * query_blocks * triton.cdiv(query_block_size, tile.block_m),)

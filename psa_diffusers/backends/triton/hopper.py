@@ -40,7 +40,6 @@ def hopper_obstacle(
     query_block_size: int,
     kv_block_size: int,
     num_levels: int,
-    with_variance: bool = False,
 ) -> str | None:
     """Why the Hopper kernel cannot compute this, as a clause for a report; None if it can."""
     if target != "sm_90":
@@ -59,7 +58,7 @@ def hopper_obstacle(
         return f"kv_block_size must be at most {min(BLOCK_N, 8192 // head_dim)}, but is {kv_block_size}"
     if num_levels > MAX_LEVELS or kv_block_size >> (num_levels - 1) < SMALLEST_COPY:
         return f"the coarsest of at most {MAX_LEVELS} levels must keep {SMALLEST_COPY} rows a block"
-    return "it does not compute logit_correction='variance'" if with_variance else None
+    return None
 
 
 def hopper_layout(layout: PyramidLayout) -> PyramidLayout:
@@ -76,6 +75,7 @@ def hopper_attention_launch(
     level_mask: Tensor,
     layout: PyramidLayout,
     covariance: Covariance | None = None,
+    head_bias: Tensor | None = None,
     *,
     query_block_size: int,
     order: Tensor | None,
@@ -99,7 +99,7 @@ def hopper_attention_launch(
         **{f"rows_{level}": _boxes(pyramid.packed, size) for level, size in enumerate(rows, start=1)},
         "covariance": covariance and _boxes(covariance.matrix, head_dim),
         "covariance_factors": covariance and covariance.factors,
-        "bias": pyramid.bias,
+        "bias": pyramid.bias if head_bias is None else head_bias,
         "centroid_bias": pyramid.centroid_bias,
         "level_mask": level_mask,
         "blocks": lists.blocks,
@@ -127,7 +127,8 @@ def hopper_attention_launch(
         "LEVELS": layout.num_levels,
         "BLOCK_N": BLOCK_N,
         "STAGES": STAGES,
-        "PADDED": is_padded or scale <= 0,
+        "ALIKE": 0 if is_padded or scale <= 0 else (layout.num_levels if head_bias is None else 1),
+        "BIAS_OF_HEADS": head_bias is not None,
     }
     grid = (min(tiles, _processors(query.device)),)
     return KernelLaunch(hopper_attention_kernel, grid, arguments, num_warps=4)

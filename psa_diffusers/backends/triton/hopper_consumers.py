@@ -45,14 +45,15 @@ def _weights(logits, biases, slot, running_max, scale, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _common_bias(tile, stops, LEVELS: gl.constexpr):
+def _common_bias(tile, stops, ALIKE: gl.constexpr):
     """The bias that all rows of a tile have, without padding: that of a level's groups. -1 if they may have several.
 
-    Those are tiles of centroids, and the last of each level: only there are blocks missing, or the short last block.
+    Those are the tiles of all but the first ALIKE levels, centroids among them, and the last of each level: only there
+    are blocks missing, or the short last block.
     """
     bias = -1.0
     is_last = False
-    for level in gl.static_range(LEVELS):
+    for level in gl.static_range(ALIKE):
         bias = gl.where((tile < stops[level]) & (bias < 0.0), level * 1.0, bias)
         is_last = is_last | (tile == stops[level] - 1)
     return gl.where(is_last, -1.0, bias)
@@ -79,13 +80,12 @@ def _weights_of_tile(
     running_max,
     scale,
     COLUMN: gl.constexpr,
-    LEVELS: gl.constexpr,
-    PADDED: gl.constexpr,
+    ALIKE: gl.constexpr,
 ):
-    if PADDED:
+    if ALIKE == 0:
         weights, new_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
     else:
-        bias = _common_bias(tile, stops, LEVELS)
+        bias = _common_bias(tile, stops, ALIKE)
         if bias < 0.0:
             weights, new_max, rescale = _weights(logits, biases, slot, running_max, scale, COLUMN)
         else:
@@ -124,7 +124,7 @@ def _attend(
     D: gl.constexpr,
     LEVELS: gl.constexpr,
     STAGES: gl.constexpr,
-    PADDED: gl.constexpr,
+    ALIKE: gl.constexpr,
 ):
     """Goes through all tiles for the queries ``rows`` [ROWS, D] in shared memory.
 
@@ -165,7 +165,7 @@ def _attend(
         pending = warpgroup_mma(operand, values.tiles.index(before % STAGES), accumulator, is_async=True)
         logits = warpgroup_mma_wait(1, [product])
         weights, running_max, rescale = _weights_of_tile(
-            logits, biases, slot, tile, stops, running_max, scale, COLUMN, LEVELS, PADDED
+            logits, biases, slot, tile, stops, running_max, scale, COLUMN, ALIKE
         )
         mbarrier.arrive(keys.empty.index(slot))
         tile_sum = gl.sum(weights, 1)
@@ -205,7 +205,7 @@ def consumer(
     KV_BLOCK: gl.constexpr,
     LEVELS: gl.constexpr,
     STAGES: gl.constexpr,
-    PADDED: gl.constexpr,
+    ALIKE: gl.constexpr,
 ):
     """Answers half of each tile of queries, from ``offset``; ``rows`` [ROWS, D] is shared memory for them."""
     LOG2E: gl.constexpr = 1.4426950408889634
@@ -250,7 +250,7 @@ def consumer(
             D,
             LEVELS,
             STAGES,
-            PADDED,
+            ALIKE,
         )
         first_key += stops[LEVELS]
         first_value += stops[LEVELS]

@@ -68,14 +68,15 @@ def hopper_attention_kernel(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    PADDED: gl.constexpr,
+    ALIKE: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """As many programs as there are processors; each takes one tile of 128 queries after the other. ``taken`` is 0.
 
     ``rows_1`` to ``rows_4`` describe the packed keys, and from row ``first_value`` on the values, in boxes of a block's
     rows at each level, ``covariance`` the matrices [batch * heads * D (values), D (keys)]. The tensors hold ``heads``
-    heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse. Where keys are
-    not PADDED, and ``scale`` is positive, most tiles do without the biases.
+    heads a sample; the first is number ``first_head`` of those in the lists, the level mask and the lse. Each of the
+    first ALIKE levels has but one bias, except in its last tile: most of their tiles do without the biases.
     """
     HALF: gl.constexpr = 64
     rows = gl.allocate_shared_memory(rows_1.dtype, [2, HALF, D], rows_1.layout)
@@ -118,7 +119,7 @@ def hopper_attention_kernel(
                     KV_BLOCK,
                     LEVELS,
                     STAGES,
-                    PADDED,
+                    ALIKE,
                 ),
             ),
             (
@@ -141,7 +142,7 @@ def hopper_attention_kernel(
                     KV_BLOCK,
                     LEVELS,
                     STAGES,
-                    PADDED,
+                    ALIKE,
                 ),
             ),
             (
@@ -163,6 +164,7 @@ def hopper_attention_kernel(
                     LEVELS,
                     BLOCK_N,
                     STAGES,
+                    BIAS_OF_HEADS,
                 ),
             ),
             (
@@ -184,6 +186,7 @@ def hopper_attention_kernel(
                     LEVELS,
                     BLOCK_N,
                     STAGES,
+                    BIAS_OF_HEADS,
                 ),
             ),
         ],

@@ -118,6 +118,7 @@ def _send_query_tile(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """Sends all that a tile of queries reads, with the bias of the rows if there is room for it.
 
@@ -129,7 +130,7 @@ def _send_query_tile(
     counts = lists.counts + row.to(gl.int64) * (LEVELS + 1)
     blocks = lists.blocks + row.to(gl.int64) * kv_blocks
     head_row = first_row + head * packed_rows
-    bias += (head // work.heads).to(gl.int64) * packed_rows
+    bias += (head if BIAS_OF_HEADS else head // work.heads).to(gl.int64) * packed_rows
     stop = sent + tile_stops(counts, kv_blocks, KV_BLOCK, LEVELS, BLOCK_N)[LEVELS]
     section = 0
     for level in gl.static_range(LEVELS):
@@ -192,6 +193,7 @@ def key_producer(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """Takes tiles of queries until none is left, and sends the keys and biases."""
     sent = 0
@@ -218,6 +220,7 @@ def key_producer(
             LEVELS,
             BLOCK_N,
             STAGES,
+            BIAS_OF_HEADS,
         )
         tile = gl.num_programs(0) + gl.atomic_add(taken, 1)
         turn += 1
@@ -242,6 +245,7 @@ def value_producer(
     LEVELS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    BIAS_OF_HEADS: gl.constexpr,
 ):
     """Sends the values, from row ``first_row`` on, and after them the head's covariance."""
     sent = 0
@@ -267,6 +271,7 @@ def value_producer(
             LEVELS,
             BLOCK_N,
             STAGES,
+            BIAS_OF_HEADS,
         )
         turn += 1
         tile = next_tile(turns, turn, 1)

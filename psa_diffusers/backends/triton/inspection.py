@@ -22,6 +22,7 @@ from .attention import attention_launch
 from .covariance import covariance_finish_launch, covariance_launch, covariance_sum_launch, empty_covariance
 from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
 from .layout import PyramidLayout
+from .logit_variance import logit_variance_launches
 from .pyramid import Pyramid, empty_pyramid, pyramid_launch
 from .read_lists import empty_read_lists, launch_order_launch, read_lists_launch
 
@@ -38,12 +39,14 @@ SHARED_MEMORY_LIMITS = {
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
 KERNELS = (
     "attention",
-    "attention+variance",
     "attention+covariance",
+    "attention+covariance+variance",
     "hopper",
     "hopper+covariance",
+    "hopper+covariance+variance",
     "pyramid",
-    "pyramid+variance",
+    "query_power",
+    "logit_variance",
     "covariance",
     "covariance_sum",
     "covariance_finish",
@@ -52,14 +55,17 @@ KERNELS = (
     *PLANNING_KERNELS,
     *HOPPER_PLANNING_KERNELS,
 )
-HOPPER_KERNELS = ("hopper", "hopper+covariance")  # sm_90 alone
+HOPPER_KERNELS = ("hopper", "hopper+covariance", "hopper+covariance+variance")  # sm_90 alone
 # A stack that is no problem, in bytes a thread: the Hopper kernel's producers, with few registers, keep there what they
 # need once a query block. Its loops over tiles have no local memory, which the tests check.
 PRODUCER_STACK = 256
 CORE_KERNELS = (
     "attention",
     "attention+covariance",
+    "attention+covariance+variance",
     "pyramid",
+    "query_power",
+    "logit_variance",
     "covariance",
     "covariance_finish",
     *PLANNING_KERNELS[:5],
@@ -169,8 +175,9 @@ def report_cases() -> list[Case]:
             cases += [Case(kernel, target, "fp16", head_dim) for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", head_dim) for head_dim in (32, 64, 80, 96, 128, 256)]
             cases += [Case(kernel, target, "fp32", head_dim) for head_dim in (64, 128, 256)]
-            cases += [Case(kernel + "+variance", target, "bf16", head_dim) for head_dim in (64, 128, 256)]
-        for kernel in ("attention+covariance", "covariance", "covariance_finish", *PLANNING_KERNELS[:5]):
+        for kernel in CORE_KERNELS[CORE_KERNELS.index("attention+covariance") :]:
+            if kernel == "pyramid":
+                continue
             cases += [Case(kernel, target, dtype, head_dim) for dtype in ("fp16", "bf16") for head_dim in (64, 96, 128)]
             cases += [Case(kernel, target, "bf16", 256), Case(kernel, target, "fp32", 128)]
         if target == "sm_90":
@@ -226,13 +233,16 @@ def launch_of(case: Case) -> KernelLaunch:
     layout = PyramidLayout(triton.cdiv(case.length, case.kv_block_size), case.kv_block_size, case.num_levels)
     if case.kernel in HOPPER_KERNELS:
         layout = hopper_layout(layout)
-    pyramid = empty_pyramid(query, layout, case.kernel.endswith("+variance"), case.kernel in HOPPER_KERNELS)
+    pyramid = empty_pyramid(query, layout, case.kernel in HOPPER_KERNELS)
     order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
     if case.kernel in (*PLANNING_KERNELS, *HOPPER_PLANNING_KERNELS):
         return planning_launch(case, query, order)
+    if case.kernel in ("query_power", "logit_variance"):
+        launches = logit_variance_launches(query, pyramid, layout, case.head_dim**-0.5)[1]
+        return next(launch for launch in launches if launch.kernel.__name__ == f"{case.kernel}_kernel")
     if case.kernel.startswith("covariance"):
         return _covariance_launch_of(case, pyramid, layout)
     query_blocks = triton.cdiv(case.length, case.query_block_size)
@@ -243,12 +253,13 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel == "launch_order":
         return launch_order_launch(level_mask, lists, lengths)
     lse = None if case.is_plain else torch.empty(2, case.heads, case.length, device="meta")
-    covariance = empty_covariance(pyramid, layout)[0] if case.kernel.endswith("+covariance") else None
+    covariance = empty_covariance(pyramid, layout)[0] if "+covariance" in case.kernel else None
+    head_bias = pyramid.bias.new_empty(pyramid.key.shape[:-1]) if case.kernel.endswith("+variance") else None
     named = {"query_block_size": case.query_block_size, "order": order, "scale": case.head_dim**-0.5}
     tensors = (query, torch.empty_like(query), lse, pyramid, lists)
     if case.kernel in HOPPER_KERNELS:
-        return hopper_attention_launch(*tensors, level_mask, layout, covariance, is_padded=False, **named)
-    return attention_launch(*tensors, layout, covariance, target=case.target, **named)
+        return hopper_attention_launch(*tensors, level_mask, layout, covariance, head_bias, is_padded=False, **named)
+    return attention_launch(*tensors, layout, covariance, head_bias, target=case.target, **named)
 
 
 def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:

@@ -19,6 +19,7 @@ from . import hopper
 from .attention import attention_launch
 from .covariance import covariance_launches
 from .layout import PyramidLayout
+from .logit_variance import logit_variance_launches
 from .pyramid import empty_pyramid, pyramid_launch
 from .read_lists import ReadLists, read_lists
 
@@ -54,9 +55,9 @@ def attend_triton(
         query with nothing to read gets output 0 and lse -inf.
 
     Besides inputs and output this takes, until it returns, the memory of the pyramid, 1.89 times that of K and V (4
-    levels, kv blocks of 64; 2.84 times with the variance), or a third or a quarter of it for long videos, whose heads
-    are computed in groups; and of the value correction's sums, about 35 MB at head dim 128. A shape's first call
-    prepares the next ones, and takes some more. Nothing here waits for the device.
+    levels, kv blocks of 64), or a third or a quarter of it for long videos, whose heads are computed in groups; and of
+    the value correction's sums, about 35 MB at head dim 128. A shape's first call prepares the next ones, and takes
+    some more. Nothing here waits for the device.
 
     Raises:
         ValueError: the device, dtype, head_dim or block sizes are not supported; the message says which.
@@ -153,22 +154,27 @@ def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options)
     lists = ReadLists(blocks, counts, launch_order, None, None)
     target = target_of(query.device)
     layout = PyramidLayout(blocks.shape[1], options.kv_block_size, options.num_levels)
-    is_hopper = not hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *options[:3], options.with_variance)
+    is_hopper = not hopper.hopper_obstacle(target, query.shape[-1], query.dtype, *options[:3])
     if is_hopper:
         layout = hopper.hopper_layout(layout)
-    pyramid = empty_pyramid(key, layout, options.with_variance, with_centroid_bias=is_hopper)
+    pyramid = empty_pyramid(key, layout, with_centroid_bias=is_hopper)
     counter = query.new_empty(1, dtype=torch.int32) if is_hopper else None
-    covariance, launches = None, [pyramid_launch(key, value, pyramid, layout, order, key_lengths, counter)]
+    launches = [pyramid_launch(key, value, pyramid, layout, order, key_lengths, counter)]
+    covariance = head_bias = None
     if counted is not None:
         covariance, more = covariance_launches(pyramid, layout, counted, gain)
+        launches += more
+    if options.with_variance:
+        head_bias, more = logit_variance_launches(query, pyramid, layout, options.scale)
         launches += more
     named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
     tensors = (query, out, lse, pyramid, lists)
     if is_hopper:
         named |= {"first_head": first_head, "counter": counter, "is_padded": key_lengths is not None}
-        launches.append(hopper.hopper_attention_launch(*tensors, level_mask, layout, covariance, **named))
+        launches.append(hopper.hopper_attention_launch(*tensors, level_mask, layout, covariance, head_bias, **named))
     else:
-        launches.append(attention_launch(*tensors, layout, covariance, target=target, first_head=first_head, **named))
+        named |= {"first_head": first_head, "target": target}
+        launches.append(attention_launch(*tensors, layout, covariance, head_bias, **named))
     return Recording([(launch, launch.run()) for launch in launches], results=())
 
 

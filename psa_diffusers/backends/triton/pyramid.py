@@ -22,7 +22,6 @@ class Pyramid(NamedTuple):
 
     packed: Tensor  # [2, batch, heads, rows, head_dim], dtype of the inputs: keys, values
     bias: Tensor  # float32 [batch, rows]: log2 of the real tokens that a row stands for, -inf for none
-    variance: Tensor | None  # [batch, heads, rows, head_dim]: of each channel of a row's keys; None unless asked for
     # float32 [batch, heads, kv_blocks]: the bias of centroids, NaN for those of NaN or Inf, whose rows hold 0 in their
     # place. So all centroids can be multiplied and some left out by their bias. None unless asked for.
     centroid_bias: Tensor | None = None
@@ -72,63 +71,28 @@ def _store_level(packed, totals, counts, first_row, channel, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def _zeros_like(tiles):
-    zeros = ()
-    for part in tl.static_range(len(tiles)):
-        zeros += (tl.zeros_like(tiles[part]),)
-    return zeros
-
-
-@triton.jit
-def _pair(total, count, squares, other_total, other_count, other_squares, HAS_VARIANCE: tl.constexpr):
-    """Two tiles in one. Squared deviations are merged too: no cancellation, unlike E[x^2] - E[x]^2."""
-    merged = count + other_count
-    if HAS_VARIANCE:
-        gap = _mean(total, count) - _mean(other_total, other_count)
-        squares += other_squares + gap * gap * (count * other_count / tl.maximum(merged, 1.0))[:, None]
-    return total + other_total, merged, squares
-
-
-@triton.jit
-def _pool_parts(totals, counts, squares, HAS_VARIANCE: tl.constexpr):
+def _pool_parts(totals, counts):
     """Tiles in half as many, each a pair."""
     merged_totals = ()
     merged_counts = ()
-    merged_squares = ()
     for part in tl.static_range(len(totals) // 2):
-        total, count, square = _pair(
-            totals[2 * part],
-            counts[2 * part],
-            squares[2 * part],
-            totals[2 * part + 1],
-            counts[2 * part + 1],
-            squares[2 * part + 1],
-            HAS_VARIANCE,
-        )
-        merged_totals += (total,)
-        merged_counts += (count,)
-        merged_squares += (square,)
-    return merged_totals, merged_counts, merged_squares
+        merged_totals += (totals[2 * part] + totals[2 * part + 1],)
+        merged_counts += (counts[2 * part] + counts[2 * part + 1],)
+    return merged_totals, merged_counts
 
 
 @triton.jit
-def _pool_rows(totals, counts, squares, GROUPS: tl.constexpr, SIZE: tl.constexpr, HAS_VARIANCE: tl.constexpr):
+def _pool_rows(totals, counts, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """The only tile's rows in groups of SIZE, GROUPS of them."""
     BLOCK_D: tl.constexpr = totals[0].shape[1]
     total = tl.sum(tl.reshape(totals[0], (GROUPS, SIZE, BLOCK_D)), axis=1)  # [GROUPS, BD]
     count = tl.sum(tl.reshape(counts[0], (GROUPS, SIZE)), axis=1)  # [GROUPS]
-    square = total
-    if HAS_VARIANCE:
-        deviation = tl.reshape(_mean(totals[0], counts[0]), (GROUPS, SIZE, BLOCK_D)) - _mean(total, count)[:, None, :]
-        between = deviation * deviation * tl.reshape(counts[0], (GROUPS, SIZE))[:, :, None]
-        square = tl.sum(tl.reshape(squares[0], (GROUPS, SIZE, BLOCK_D)) + between, axis=1)
-    return (total,), (count,), (square,)
+    return (total,), (count,)
 
 
 @triton.jit
 def _store_levels(
     packed,
-    variance,
     totals,
     counts,
     block,
@@ -143,31 +107,23 @@ def _store_levels(
 
     Returns how many of the centroid's numbers are not finite; with FINITE zeros are written for them.
     """
-    HAS_VARIANCE: tl.constexpr = variance is not None
-    squares = totals  # a stand-in, if there is no variance
-    if HAS_VARIANCE:
-        squares = _zeros_like(totals)
     section = 0
     for level in tl.static_range(1, LEVELS + 1):
         first_row = section + block * (KV_BLOCK >> (level - 1))
         _store_level(packed, totals, counts, first_row, channel, HEAD_DIM)
-        if variance is not None:
-            _store_level(variance, squares, counts, first_row, channel, HEAD_DIM)
         section += kv_blocks * (KV_BLOCK >> (level - 1))
         if level < LEVELS:
             if len(totals) > 1:
-                totals, counts, squares = _pool_parts(totals, counts, squares, HAS_VARIANCE)
+                totals, counts = _pool_parts(totals, counts)
             else:
-                totals, counts, squares = _pool_rows(totals, counts, squares, KV_BLOCK >> level, 2, HAS_VARIANCE)
-    totals, counts, squares = _pool_rows(totals, counts, squares, 1, KV_BLOCK >> (LEVELS - 1), HAS_VARIANCE)
+                totals, counts = _pool_rows(totals, counts, KV_BLOCK >> level, 2)
+    totals, counts = _pool_rows(totals, counts, 1, KV_BLOCK >> (LEVELS - 1))
     centroid = _mean(totals[0], counts[0])  # [1, BD]
     is_finite = tl.abs(centroid) < float("inf")
     if FINITE:
         centroid = tl.where(is_finite, centroid, 0.0)
     row = section + block + tl.arange(0, 1)
     _store_rows(packed, row, centroid, channel, HEAD_DIM)
-    if variance is not None:
-        _store_rows(variance, row, _mean(squares[0], counts[0]), channel, HEAD_DIM)
     return tl.sum(tl.sum((~is_finite).to(tl.int32), axis=1), axis=0)
 
 
@@ -192,7 +148,6 @@ def _store_bias(bias, count, block, kv_blocks, KV_BLOCK: tl.constexpr, LEVELS: t
 def _store_empty_rows(
     packed_key,
     packed_value,
-    variance,
     bias,
     empty_row,
     channel,
@@ -205,8 +160,6 @@ def _store_empty_rows(
         zeros = tl.zeros([1, BLOCK_D], tl.float32)
         _store_rows(packed_key, row, zeros, channel, HEAD_DIM)
         _store_rows(packed_value, row, zeros, channel, HEAD_DIM)
-        if variance is not None:
-            _store_rows(variance, row, zeros, channel, HEAD_DIM)
         tl.store(bias + empty_row + empty, float("-inf"))
 
 
@@ -219,7 +172,6 @@ def pyramid_kernel(
     packed_key,
     packed_value,
     bias,
-    variance,
     centroid_bias,
     counter,
     key_strides,
@@ -261,16 +213,10 @@ def pyramid_kernel(
     base = (batch * heads + head) * packed_rows * HEAD_DIM
     packed_key += base
     packed_value += base
-    if variance is not None:
-        variance += base
     keys = _load_parts(key, key_strides, batch, head, tokens, counts, channel, HEAD_DIM, PARTS)
     values = _load_parts(value, value_strides, batch, head, tokens, counts, channel, HEAD_DIM, PARTS)
-    bad = _store_levels(
-        packed_key, variance, keys, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE
-    )
-    bad += _store_levels(
-        packed_value, None, values, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE
-    )
+    bad = _store_levels(packed_key, keys, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE)
+    bad += _store_levels(packed_value, values, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE)
     bias += batch * packed_rows
     if FINITE or tl.program_id(0) == 0:
         _, real = _token_at(block * KV_BLOCK + tl.arange(0, KV_BLOCK), order, key_length, length)
@@ -285,7 +231,6 @@ def pyramid_kernel(
         _store_empty_rows(
             packed_key,
             packed_value,
-            variance,
             bias,
             packed_rows - EMPTY_ROWS,
             channel,
@@ -312,7 +257,6 @@ def build_pyramid(
     *,
     order: Tensor | None = None,
     key_lengths: Tensor | None = None,
-    with_variance: bool = False,
     with_centroid_bias: bool = False,
 ) -> Pyramid:
     """Mean-pools keys and values to every level of the pyramid (arXiv 2512.04025, equation 2), real tokens only.
@@ -322,11 +266,10 @@ def build_pyramid(
         layout: Where the levels go.
         order: int64 [key_length], the token at each position of the block order; None = raster.
         key_lengths: int64 [batch]; tokens from that one on are padding. None = no padding.
-        with_variance: Also the population variance of each channel of a row's keys, for ``logit_correction``.
         with_centroid_bias: Also the centroids' own bias, and only finite numbers in their rows. Where one program of
             the kernel holds a whole block, see :func:`pools_whole_blocks`.
     """
-    pyramid = empty_pyramid(key, layout, with_variance, with_centroid_bias)
+    pyramid = empty_pyramid(key, layout, with_centroid_bias)
     pyramid_launch(key, value, pyramid, layout, order, key_lengths).run()
     return pyramid
 
@@ -336,14 +279,13 @@ def pools_whole_blocks(kv_block_size: int, head_dim: int) -> bool:
     return pyramid_tile(kv_block_size, head_dim).block_d >= head_dim
 
 
-def empty_pyramid(key: Tensor, layout: PyramidLayout, with_variance: bool, with_centroid_bias: bool = False) -> Pyramid:
+def empty_pyramid(key: Tensor, layout: PyramidLayout, with_centroid_bias: bool = False) -> Pyramid:
     """Buffers for the pyramid of keys [batch, key_length, heads, head_dim], and of values like them."""
     batch, _, heads, head_dim = key.shape
     packed = key.new_empty(2, batch, heads, layout.rows, head_dim)
-    variance = torch.empty_like(packed[0]) if with_variance else None
     bias = key.new_empty(batch, layout.rows, dtype=torch.float32)
     centroid_bias = bias.new_empty(batch, heads, layout.kv_blocks) if with_centroid_bias else None
-    return Pyramid(packed, bias, variance, centroid_bias)
+    return Pyramid(packed, bias, centroid_bias)
 
 
 def pyramid_launch(
@@ -357,7 +299,7 @@ def pyramid_launch(
 ) -> KernelLaunch:
     """The launch that fills ``pyramid``, and sets ``counter`` (int32 [1]) to 0."""
     batch, key_length, heads, head_dim = key.shape
-    tile = pyramid_tile(layout.kv_block_size, head_dim, pyramid.variance is not None)
+    tile = pyramid_tile(layout.kv_block_size, head_dim)
     arguments = {
         "key": key,
         "value": value,
@@ -366,7 +308,6 @@ def pyramid_launch(
         "packed_key": pyramid.key,
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
-        "variance": pyramid.variance,
         "centroid_bias": pyramid.centroid_bias,
         "counter": counter,
         "key_strides": key.stride(),

@@ -10,6 +10,7 @@ from ...gpu.target import padded_head_dim
 
 LIST_CHUNK = 512  # level mask entries that the list kernel compacts at a time, below 4096
 ORDER_TILE = (32, 128)  # rows that the launch order kernel places, x rows that it compares them with, at a time
+POWER_TILE = (256, 16, 4)  # sampled queries x channels that the query power kernel adds up at a time, and its warps
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def attention_tile(
     head_dim: int,
     dtype: torch.dtype,
     query_block_size: int,
-    with_variance: bool = False,
     with_covariance: bool = False,
 ) -> AttentionTile:
     """The tile for a target ("sm_90", "gfx942", "cpu"), never taller than a query block (padded to 16 rows).
@@ -57,9 +57,9 @@ def attention_tile(
     elif dtype == torch.float32:  # exact products: no matrix units on NVIDIA, and operands in registers
         tile = AttentionTile(32, 16, 8, 1) if width <= 128 else AttentionTile(16, 16, 8, 1)
     elif target.startswith("gfx"):
-        tile = _amd_tile(width, with_variance or (with_covariance and head_dim != width))
+        tile = _amd_tile(width, with_covariance and head_dim != width)
     else:
-        tile = _nvidia_tile(target, width, with_variance)
+        tile = _nvidia_tile(target, width)
     return tile if query_block_size >= tile.block_m else _shorter(tile, max(16, query_block_size), target)
 
 
@@ -80,20 +80,20 @@ def _amd_tile(width: int, needs_registers: bool) -> AttentionTile:
     return AttentionTile(128, 16 if needs_registers and width > 64 else 32, 8, 2)
 
 
-def _nvidia_tile(target: str, width: int, with_variance: bool) -> AttentionTile:
-    if width > 128 and with_variance:
-        return AttentionTile(64, 16, 8, 2)
+def _nvidia_tile(target: str, width: int) -> AttentionTile:
     if width > 128:
         return AttentionTile(128 if _has_large_shared_memory(target) else 64, 32, 8, 2)
-    if with_variance and not _has_large_shared_memory(target):
-        return AttentionTile(128, 32, 8, 2)
     return AttentionTile(128, 64, 8, 3)
 
 
-def pyramid_tile(kv_block_size: int, head_dim: int, with_variance: bool = False) -> PyramidTile:
-    """Few enough numbers (16 or 64 a thread) that no target spills. Channels are independent: any split is right."""
-    numbers = 2048 if with_variance else 8192
-    return PyramidTile(min(padded_head_dim(head_dim), max(16, numbers // kv_block_size)), num_warps=4)
+def pyramid_tile(kv_block_size: int, head_dim: int) -> PyramidTile:
+    """Few enough numbers (64 a thread) that no target spills. Channels are independent: any split is right."""
+    return PyramidTile(min(padded_head_dim(head_dim), max(16, 8192 // kv_block_size)), num_warps=4)
+
+
+def variance_warps(kv_block_size: int, head_dim: int) -> int:
+    """Of the logit variance kernel, one of whose programs holds a whole block: for 64 numbers a thread, or 32 warps."""
+    return max(4, min(32, kv_block_size * padded_head_dim(head_dim) // 2048))
 
 
 def covariance_tile(head_dim: int, dtype: torch.dtype) -> CovarianceTile:

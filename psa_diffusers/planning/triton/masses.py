@@ -45,7 +45,7 @@ def _sampled_logits(
     block = start + column % BLOCKS_N
     slot = column // BLOCKS_N
     pointers = samples + (slot * kv_blocks + block)[:, None] * HEAD_DIM + channel[None, :]
-    if IS_REGULAR and channel.shape[0] == HEAD_DIM and BLOCK_N == BLOCKS_N * SAMPLES:
+    if IS_REGULAR and channel.shape[0] == HEAD_DIM:
         rows = tl.load(pointers)
     else:
         inside = (block < kv_blocks) & (slot < SAMPLES)
@@ -103,7 +103,7 @@ def masses_kernel(
 ):
     """One program: BLOCK_M sampled queries of one head against all sampled keys of the head.
 
-    The first ``regular_blocks`` kv blocks have all their samples, and these weigh the same.
+    The first ``regular_blocks`` kv blocks have all their samples, these weigh the same, and fill their tiles.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     BLOCKS: tl.constexpr = BLOCK_M // PADDED
@@ -199,8 +199,10 @@ def masses_launch(
         full_blocks: so many kv blocks, from the first, have no key missing in any sample of the batch.
     """
     head_dim, query_blocks = query.shape[3], len(positions)
-    # With a negative scale the largest product is the smallest logit.
-    regular_blocks = full_blocks // layout.blocks_n * layout.blocks_n if scale > 0 else 0
+    # With a negative scale the largest product is the smallest logit; and a tile's columns that are no sample, where
+    # samples are no power of two, need their bias.
+    is_regular = scale > 0 and layout.block_n == layout.blocks_n * statistics.samples.shape[2]
+    regular_blocks = full_blocks // layout.blocks_n * layout.blocks_n if is_regular else 0
     arguments = {
         "query": query,
         "samples": statistics.samples,
