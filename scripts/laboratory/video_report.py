@@ -15,7 +15,7 @@ from psa_diffusers.integration.schedule import dense_steps
 from psa_diffusers.metrics.intervals import mean_with_interval
 
 SETTING = ("run", "policy", "variant", "budget", "schedule", "dense_first", "dense_last")
-REFERENCES = {"plain": PLAIN, "best": "ours, fitted, 64 queries, variance of each query"}
+REFERENCES = {"default": "ours, default", "plain": PLAIN, "best": "ours, fitted, 64 queries, variance of each query"}
 OURS = "ours, "
 Row = dict[str, Any]
 # Of the policies that are not ours, apart from matplotlib's usual colours, which ours have.
