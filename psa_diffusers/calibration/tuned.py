@@ -46,7 +46,7 @@ class Tuned:
 
 
 def mean_curve(curves: Sequence[ErrorCurve]) -> ErrorCurve:
-    """Of several runs, at the same budgets."""
+    """Of several runs, or layers, at the same budgets."""
     errors = [sum(column) / len(curves) for column in zip(*(curve.errors for curve in curves), strict=True)]
     return replace(curves[0], errors=tuple(errors))
 
@@ -57,6 +57,7 @@ def tune(
     mean_budget: float | None,
     total: int,
     target_error: float | None = None,
+    by_layer: bool = False,
 ) -> Tuned:
     """Spend ``mean_budget`` over all calls of these stretches, or (then None) as little as ``target_error`` needs.
 
@@ -67,19 +68,34 @@ def tune(
         total: Steps of the run.
         target_error: The total error (see :class:`Tuned`) that the schedule is to have. Where the least budgets that
             were measured err less already, they are used.
+        by_layer: Spread over the layers too, by their relative errors. Else all layers of a step have one budget: how
+            much a relative error matters differs between layers, and what it does to the video these errors do not say.
     """
-    places = [(stretch, step, layer) for stretch in stretches for step in stretch.steps for layer in stretch.curves]
-    calls = [replace(stretch.curves[layer], weight=weights[step]) for stretch, step, layer in places]
+    steps = [(stretch, step) for stretch in stretches for step in stretch.steps]
+    if by_layer:
+        shared = [[(stretch, step, layer)] for stretch, step in steps for layer in stretch.curves]
+    else:
+        shared = [[(stretch, step, layer) for layer in stretch.curves] for stretch, step in steps]
+    calls = [_curve_of(places, weights) for places in shared]
     chosen = spend_budget(calls, mean_budget) if target_error is None else spend_to_error(calls, target_error)
-    given = {(stretch.expert, step, layer): b for (stretch, step, layer), b in zip(places, chosen, strict=True)}
-    spent = sum(chosen) / len(chosen)
+    given = {
+        (stretch.expert, step, layer): budget
+        for places, budget in zip(shared, chosen, strict=True)
+        for stretch, step, layer in places
+    }
+    spent = sum(given.values()) / len(given)
     points = [
         BudgetPoint(step / total, _of_layers(given, stretch, step, mean_budget or spent), stretch.expert)
-        for stretch in stretches
-        for step in stretch.steps
+        for stretch, step in steps
     ]
     errors = (predicted_error(calls, budgets) for budgets in ([mean_budget or spent] * len(calls), chosen))
     return Tuned(tuple(points), tuple(given), spent, *errors)
+
+
+def _curve_of(places: Sequence[tuple[Stretch, int, int]], weights: Sequence[float]) -> ErrorCurve:
+    """Of calls of one step that share a budget."""
+    curve = mean_curve([stretch.curves[layer] for stretch, _, layer in places])
+    return replace(curve, weight=weights[places[0][1]])
 
 
 def _of_layers(given: Mapping, stretch: Stretch, step: int, otherwise: float) -> tuple[float, ...]:

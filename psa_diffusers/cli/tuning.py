@@ -32,6 +32,7 @@ class TuningJob:
     settings: settings.GenerationSettings
     output: Path
     command: str
+    by_layer: bool = False
 
 
 def prepare(
@@ -45,6 +46,7 @@ def prepare(
     output: Path,
     overwrite: bool,
     command: str,
+    by_layer: bool = False,
 ) -> TuningJob:
     """Check every option, cheapest first, before any weights are read.
 
@@ -61,7 +63,7 @@ def prepare(
     settings.check_words(texts, source.vocabulary())
     resolved = resolve_settings(source, config, video, machine, seed, preset=attention[0])
     check_writable(output.parent)
-    return TuningJob(source, texts, resolved, output, command)
+    return TuningJob(source, texts, resolved, output, command, by_layer)
 
 
 def _read_config(preset: str | None, file: Path | None, budget: float | None, target_error: float | None) -> PSAConfig:
@@ -127,12 +129,13 @@ def choose(
     from ..integration.calibrating import tune_together
 
     config, wanted = job.settings.config, job.settings.config.target_error
-    tuned = tune_together(found, weights, config.compute_budget, total, wanted)
+    tuned = tune_together(found, weights, config.compute_budget, total, wanted, job.by_layer)
     if wanted is None:
         return tuned, {}
     measured = _measure_total(job, pipe, tuned, weights, quiet=quiet)
     if abs(measured / wanted - 1) > CLOSE:
-        other = tune_together(found, weights, None, total, wanted * wanted / max(measured, wanted / CORRECTION))
+        corrected = wanted * wanted / max(measured, wanted / CORRECTION)
+        other = tune_together(found, weights, None, total, corrected, job.by_layer)
         again = _measure_total(job, pipe, other, weights, quiet=quiet)
         if abs(again - wanted) < abs(measured - wanted):
             tuned, measured = other, again

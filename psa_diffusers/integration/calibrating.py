@@ -1,8 +1,9 @@
 """Calibration while a pipeline runs: measure the layers' errors in one dense step, and spend the budget where it tells.
 
 Measured is the last step of the dense warm-up: the nearest to the sparse ones (and, of an expert that begins later or
-where there is no warm-up, its first step). From then on each layer of each step has the budget that makes the weighted
-sum of squared errors least, at the config's compute budget on average over the run's sparse calls.
+where there is no warm-up, its first step). From then on each step has the budget that makes the weighted sum of squared
+errors least, at the config's compute budget on average over the run's sparse calls. All layers of a step share it: spread
+over the layers by these errors, the budget made videos worse (``benchmarks/experiments``).
 
 An error in step i moves the video by about as much as the step itself does: its weight is the step's share of the way
 from noise to video, ``(sigma_i - sigma_i+1)**2``, where the scheduler's sigmas tell it; else all steps weigh the same.
@@ -220,6 +221,7 @@ def tune_together(
     mean_budget: float | None,
     total: int,
     target_error: float | None = None,
+    by_layer: bool = False,
 ) -> Tuned:
     """One schedule for all runs of a pipeline: by the mean of what was measured in each.
 
@@ -229,8 +231,9 @@ def tune_together(
         mean_budget: Over the sparse calls; or None, and
         target_error: the total error that they may have.
         total: Steps of a run.
+        by_layer: See :func:`~psa_diffusers.calibration.tuned.tune`.
     """
-    return tune(merge_stretches(runs, total), weights, mean_budget, total, target_error)
+    return tune(merge_stretches(runs, total), weights, mean_budget, total, target_error, by_layer)
 
 
 def merge_stretches(runs: Sequence[Sequence[Allocation]], total: int) -> list[Stretch]:

@@ -100,7 +100,7 @@ def test_what_is_wanted_is_corrected_once_by_what_the_run_erred(psa_tune, tmp_pa
 
     found, wanted, together = iter(runs), [], calibrating.tune_together
     monkeypatch.setattr(tuning, "_measure_total", lambda *given, **more: next(found))
-    monkeypatch.setattr(calibrating, "tune_together", lambda *given: wanted.append(given[-1]) or together(*given))
+    monkeypatch.setattr(calibrating, "tune_together", lambda *given: wanted.append(given[4]) or together(*given))
     assert psa_tune(*PROMPT, "--target-error", "0.05", "--quiet")[0] == 0
     assert wanted == ([0.05, pytest.approx(0.025)] if len(runs) > 1 else [0.05])
     facts = yaml.safe_load((tmp_path / "tuned.yaml").read_text())["calibrated"]
