@@ -21,9 +21,22 @@ from torch import Tensor
 QUERY_STRIDE = 13
 
 
-def query_power(query: Tensor, dtype: torch.dtype) -> Tensor:
-    """[batch, heads, head_dim] of ``dtype``: the mean square of each channel of query [batch, seq, heads, head_dim]."""
-    return query[:, ::QUERY_STRIDE].to(dtype).square().mean(1)
+def query_power(query: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> Tensor:
+    """[batch, heads, head_dim] of ``dtype``: the mean square of each channel of query [batch, seq, heads, head_dim].
+
+    ``lengths`` [batch]: from there on queries are padding, which is not looked at; None = all are real.
+    """
+    rows = query[:, ::QUERY_STRIDE].to(dtype)
+    if lengths is None:
+        return rows.square().mean(1)
+    real = torch.arange(0, query.shape[1], QUERY_STRIDE, device=query.device) < lengths.to(query.device)[:, None]
+    squares = torch.where(real[:, :, None, None], rows, 0.0).square().sum(1)
+    return squares / real.sum(1).clamp(min=1)[:, None, None]
+
+
+def query_lengths(query: Tensor, key: Tensor, key_lengths: Tensor | None) -> Tensor | None:
+    """Where the padding of queries begins, [batch]: as that of keys of the same sequence; None = nowhere."""
+    return key_lengths if query.shape[1] == key.shape[1] else None
 
 
 def logit_correction(variance: Tensor, log_count: Tensor, scale: float) -> Tensor:

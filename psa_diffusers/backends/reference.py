@@ -11,7 +11,7 @@ from torch import Tensor
 from ..planning.plan import Plan
 from .covariance import Covariance, counted_blocks, covariance_of_levels
 from .logit_variance import logit_correction as correction_of_rows
-from .logit_variance import query_power
+from .logit_variance import query_lengths, query_power
 
 
 class PyramidRows(NamedTuple):
@@ -42,7 +42,8 @@ def attend_reference(
     its logit is ``scale * q . mean(k) + ln(count)``. With ``logit_correction="variance"`` a group of several tokens
     also gets ``min(scale**2 / 2 * sum_d(power_d * var_d(k)), ln(count))``, as :mod:`~psa_diffusers.backends
     .logit_variance` says: ``var_d`` is the population variance of channel d over the group's real tokens, ``power_d``
-    the mean of ``q_d**2`` over the head's queries number 0, 13, 26, ... of the sequence.
+    the mean of ``q_d**2`` over the head's queries number 0, 13, 26, ... of the sequence. With as many queries as keys
+    the padding is that of both, and left out here too.
 
     With ``value_correction="covariance"`` the covariance of values with keys, one matrix C a head, is given back to
     pooled groups, as :mod:`~psa_diffusers.backends.covariance` says. C is that of whole kv blocks, level
@@ -69,7 +70,7 @@ def attend_reference(
     real = plan.real_keys()
     tokens = slice(None) if plan.order is None else plan.order.to(query.device)
     counted = counted_blocks(plan) if value_correction == "covariance" else None
-    power = query_power(query, precise)
+    power = query_power(query, precise, query_lengths(query, key, plan.key_lengths))
     outputs, sums = [], []
     for sample in range(query.shape[0]):
         for head in range(query.shape[2]):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..planning.plan import Plan
 from ..products import linear
 from .covariance import counted_blocks
-from .logit_variance import query_power
+from .logit_variance import query_lengths, query_power
 from .pyramids import HeadPyramid, Layout, build_head_pyramid, take
 from .reads import Reads, list_reads
 from .workers import run_groups, thread_count
@@ -111,7 +111,8 @@ class _Call:
         self.order = None if plan.order is None else plan.order.to(query.device)
         self.real = plan.real_keys()
         self.counted = counted_blocks(plan) if with_covariance else None
-        self.power = query_power(query, self.precise) if with_variance else None
+        lengths = query_lengths(query, key, plan.key_lengths)
+        self.power = query_power(query, self.precise, lengths) if with_variance else None
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.lse = query.new_empty(batch, heads, length, dtype=self.precise) if return_lse else None
 

@@ -2,7 +2,7 @@
 
 The plans are those of the whole call: its one price is shared by all heads and all blocks. Then the chosen blocks
 alone are computed, by the plan with the call's own backend, and densely: that is their share of a dense call, and of
-each sparse one.
+each sparse one. Only for the logit correction they stand for all queries, not for themselves alone.
 """
 
 from __future__ import annotations

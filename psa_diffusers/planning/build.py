@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.logit_variance import query_lengths, query_power
 from ..config import PSAConfig
 from .blocks import Layout, make_layout, real_positions, unpadded_positions
 from .budget import Limits, spend, step_prices
@@ -251,11 +252,13 @@ class _Planner:
 
     def _to_target(self, prices: Tensor, levels: Tensor, where: tuple) -> Tensor:
         """Levels that come nearer to the target error than these, by what they err on some rows."""
-        config, wanted = self.config, self.config.target_error
+        config, wanted, power = self.config, self.config.target_error, None
+        if config.logit_correction == "variance":
+            power = query_power(self.query, torch.float32, query_lengths(self.query, self.key, self.lengths))
         for _ in range(ROUNDS):
             errors = measure_row_errors(
                 *(self.query, self.key, self.value, levels, self.layout.order, self.real),
-                logit_correction=config.logit_correction,
+                power=power,
                 value_correction=config.value_correction,
                 query_block_size=config.query_block_size,
                 kv_block_size=config.kv_block_size,

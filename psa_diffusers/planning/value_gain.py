@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.logit_variance import logit_correction as correction_of_groups
-from ..backends.logit_variance import query_power
+from ..backends.logit_variance import logit_correction
 
 ROWS = 16
 GAIN_LIMIT = 1.5
@@ -154,7 +153,7 @@ def _corrections(keys: Tensor, inside: Tensor, power: Tensor, num_levels: int, s
         gaps = (groups - groups.sum(3, keepdim=True) / count.clamp(min=1)).square_().mul_(real)
         squares = (gaps.flatten(1, 3) @ power[:, :, None]).view(*gaps.shape[:4]).sum(3)
         count = count[..., 0, 0]
-        each = correction_of_groups(squares / count.clamp(min=1), count.log(), scale)
+        each = logit_correction(squares / count.clamp(min=1), count.log(), scale)
         found.append(each.repeat_interleave(size, 2)[:, None])
     return found
 
@@ -224,7 +223,7 @@ def measure_row_errors(
     order: Tensor | None,
     real: Tensor | None,
     *,
-    logit_correction: str,
+    power: Tensor | None,
     value_correction: str,
     seed: int,
     count: int,
@@ -232,7 +231,6 @@ def measure_row_errors(
 ) -> Tensor:
     """Relative squared error [batch, heads] of the plan's output, on ``count`` rows; arguments as above."""
     found = []
-    power = query_power(query, torch.float32) if logit_correction == "variance" else None
     for rows in rows_by_plan(query, key, value, levels, order, real, seed, count, power=power, **sizes):
         share = {"none": 0.0, "covariance": 1.0}.get(value_correction)
         gain = _gain(rows)[:, None, None] if share is None else share

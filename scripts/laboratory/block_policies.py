@@ -139,7 +139,7 @@ def oracle(value_correction: str = "none") -> Policy:
     """The budget rule with the exact first-order errors. No policy: it costs more than dense attention."""
 
     def policy(case: Case, budget: float) -> Result:
-        config = PSAConfig(compute_budget=budget, value_correction=value_correction)
+        config = PSAConfig(compute_budget=budget, logit_correction="none", value_correction=value_correction)
         shape = (1, case.heads, -(-case.tokens // 128), -(-case.tokens // 64))
         empty = torch.ones(shape, dtype=torch.int8, device=case.query.device)
         plan = make_plan(case, config, empty, token_order(case, config))

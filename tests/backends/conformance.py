@@ -216,8 +216,23 @@ def check_variance_correction(attend, case: Case) -> None:
         assert_agrees_with_reference(attend, case, inputs, plan, logit_correction="variance")
 
 
+def check_variance_of_padded_queries(attend, case: Case) -> None:
+    """3c. With as many queries as keys, queries that are padding, be they NaN, do not move others through it."""
+    case = replace(case, query_length=case.key_length, batch=3)
+    query, key, value = make_inputs(case)
+    lengths = [case.key_length, max(1, case.key_length * 2 // 3), 0]
+    plan = make_plan(case, lowest=1, key_lengths=lengths)
+    expected, _ = attend(query, key, value, plan, scale=case.scale, logit_correction="variance")
+    for sample, length in enumerate(lengths):
+        query[sample, length:] = key[sample, length:] = value[sample, length:] = torch.nan
+    found, _ = attend(query, key, value, plan, scale=case.scale, logit_correction="variance")
+    for sample, length in enumerate(lengths):
+        assert expected[sample, :length].isfinite().all()
+        assert torch.equal(found[sample, :length], expected[sample, :length])
+
+
 def check_value_correction(attend, case: Case) -> None:
-    """3c. The same with the covariance of values and keys given back: all blocks read, some left out, padding, and
+    """3d. The same with the covariance of values and keys given back: all blocks read, some left out, padding, and
     whole blocks alone."""
     key_lengths = [max(1, case.key_length - 3 * sample - 5) for sample in range(case.batch)]
     whole = replace(case, key_length=max(1, case.key_length // case.kv_block_size) * case.kv_block_size, order=False)
@@ -230,7 +245,7 @@ def check_value_correction(attend, case: Case) -> None:
 
 
 def check_value_gain(attend, case: Case) -> None:
-    """3d. The same where each head gets so much of it: none, a part, all, more."""
+    """3e. The same where each head gets so much of it: none, a part, all, more."""
     query, key, value = make_inputs(case)
     value = (value + key.roll(1, -1)).to(case.dtype)
     gains = torch.tensor([0.5, 0.0, 1.25, 1.0])
@@ -348,6 +363,7 @@ CHECKS = (
     check_pooled_levels,
     check_random_plans,
     check_variance_correction,
+    check_variance_of_padded_queries,
     check_value_correction,
     check_value_gain,
     check_empty_rows,

@@ -200,7 +200,7 @@ def test_rounding_error_is_that_of_the_number_format_alone(value_correction):
     grid, heads = (4, 8, 16), 5
     exact = video_like_qkv(1, grid, heads, 32, dtype=torch.float64)
     plan = build_plan(*exact, config, grid=grid)
-    settings = {"scale": 32**-0.5, "value_correction": value_correction}
+    settings = {"scale": 32**-0.5, "logit_correction": "variance", "value_correction": value_correction}
     rounded = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         inputs = tuple(tensor.to(torch.bfloat16).to(dtype) for tensor in exact)

@@ -102,7 +102,7 @@ def test_exact_errors_are_those_of_the_output(case):
     for level in (2, 4, 5):
         levels = torch.ones_like(plan.level_mask)
         levels[0, 1, 3, 5] = level
-        config = PSAConfig(value_correction="none")
+        config = PSAConfig(logit_correction="none", value_correction="none")
         found = attend(case, equal_compute.make_plan(case, config, levels, plan.order), config, 0.0)
         lost = (found.output - case.dense)[0, :, 1].square().sum() / 128 / case.dense[0, :, 1].square().sum(-1).mean()
         # The mass that the pair loses changes the denominator too, by second order.

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_diffusers import PSAConfig, build_plan, pyramid_sparse_attention
+from psa_diffusers.backends.logit_variance import query_power
 from psa_diffusers.planning.dispatch import choose_planner
 from psa_diffusers.planning.target import FACTOR, POWER, room_for_error
 from psa_diffusers.planning.value_gain import measure_row_errors, sampled_rows
@@ -107,7 +108,8 @@ def test_the_error_of_rows_is_that_of_the_output(correction):
     config = PSAConfig(compute_budget=0.1, logit_correction=correction, value_correction="none")
     plan = build_plan(*inputs, config, grid=GRID)
     sizes = {"query_block_size": 128, "kv_block_size": 64, "num_levels": 4, "scale": 32**-0.5}
-    corrections = {"logit_correction": correction, "value_correction": "none"}
+    power = query_power(inputs[0], torch.float32) if correction == "variance" else None
+    corrections = {"power": power, "value_correction": "none"}
     given = measure_row_errors(*inputs, plan.level_mask, plan.order, None, **corrections, seed=0, count=32, **sizes)
     rows = plan.order[sampled_rows(1024, 0, 32)]
     dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)[:, rows]

@@ -15,7 +15,14 @@ from psa_diffusers.planning.value_gain import GAIN_LIMIT, ROWS, sampled_rows
 from psa_diffusers.synthetic import video_like_qkv
 
 GRID = (3, 9, 14)  # 378 tokens: the last block is short
-CONFIG = PSAConfig(query_block_size=32, kv_block_size=16, num_levels=3, compute_budget=0.2, value_correction="fitted")
+CONFIG = PSAConfig(
+    query_block_size=32,
+    kv_block_size=16,
+    num_levels=3,
+    compute_budget=0.2,
+    logit_correction="none",
+    value_correction="fitted",
+)
 
 
 def inputs(seed: int, shared: float = 0.0):

@@ -4,6 +4,7 @@ from unittest import mock
 
 import torch
 
+from psa_diffusers.backends.logit_variance import query_lengths
 from psa_diffusers.backends.triton import attend_triton, launch
 from psa_diffusers.backends.triton.covariance import build_covariance
 from psa_diffusers.backends.triton.layout import PyramidLayout
@@ -49,7 +50,7 @@ def logit_correction(
     """The bias with the logit correction, of a pyramid of these keys; its buffer holds NaN before."""
     layout = PyramidLayout(-(-key.shape[1] // kv_block_size), kv_block_size, num_levels)
     pyramid = build_pyramid(key, value, layout, key_lengths=key_lengths)
-    head_bias, launches = logit_variance_launches(query, pyramid, layout, 0.3)
+    head_bias, launches = logit_variance_launches(query, query_lengths(query, key, key_lengths), pyramid, layout, 0.3)
     head_bias.fill_(torch.nan)
     for each in launches:
         each.run()

@@ -241,7 +241,8 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel in (*PLANNING_KERNELS, *HOPPER_PLANNING_KERNELS):
         return planning_launch(case, query, order)
     if case.kernel in ("query_power", "logit_variance"):
-        launches = logit_variance_launches(query, pyramid, layout, case.head_dim**-0.5)[1]
+        lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
+        launches = logit_variance_launches(query, lengths, pyramid, layout, case.head_dim**-0.5)[1]
         return next(launch for launch in launches if launch.kernel.__name__ == f"{case.kernel}_kernel")
     if case.kernel.startswith("covariance"):
         return _covariance_launch_of(case, pyramid, layout)

@@ -15,6 +15,7 @@ from ...gpu.recipe import Recipes, Recording
 from ...gpu.sizes import ceil_div
 from ...gpu.target import target_of, tensor_obstacle
 from ...planning.plan import Plan
+from ..logit_variance import query_lengths
 from . import hopper
 from .attention import attention_launch
 from .covariance import covariance_launches
@@ -165,7 +166,9 @@ def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options)
         covariance, more = covariance_launches(pyramid, layout, counted, gain)
         launches += more
     if options.with_variance:
-        head_bias, more = logit_variance_launches(query, pyramid, layout, options.scale)
+        head_bias, more = logit_variance_launches(
+            query, query_lengths(query, key, key_lengths), pyramid, layout, options.scale
+        )
         launches += more
     named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
     tensors = (query, out, lse, pyramid, lists)

@@ -24,6 +24,7 @@ POWER_PARTS = 8  # of each head's queries: programs enough to fill a GPU
 @triton.jit
 def query_power_kernel(
     query,
+    lengths,
     power,
     query_strides,
     heads,
@@ -41,7 +42,10 @@ def query_power_kernel(
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    samples = (query_length + QUERY_STRIDE - 1) // QUERY_STRIDE
+    length = query_length
+    if lengths is not None:
+        length = tl.minimum(length, tl.load(lengths + batch)).to(tl.int32)
+    samples = (length + QUERY_STRIDE - 1) // QUERY_STRIDE
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in range(tl.program_id(2) * ROWS, samples, PARTS * ROWS):
         sample = start + tl.arange(0, ROWS)
@@ -51,7 +55,7 @@ def query_power_kernel(
         rows = rows.to(tl.float32)
         total += rows * rows
     place = (tl.program_id(0) * PARTS + tl.program_id(2)) * HEAD_DIM + channel
-    tl.store(power + place, tl.sum(total, axis=0) / samples, mask=channel < HEAD_DIM)
+    tl.store(power + place, tl.sum(total, axis=0) / tl.maximum(samples, 1), mask=channel < HEAD_DIM)
 
 
 # A block's keys are held as tiles [GROUPS, BD], row r in tile r % PARTS, as the pyramid kernel does. ``squares`` are of
@@ -175,12 +179,13 @@ def logit_variance_kernel(
 
 
 def logit_variance_launches(
-    query: Tensor, pyramid: Pyramid, layout: PyramidLayout, scale: float
+    query: Tensor, lengths: Tensor | None, pyramid: Pyramid, layout: PyramidLayout, scale: float
 ) -> tuple[Tensor, list[KernelLaunch]]:
     """The bias with the correction, and what fills it from a pyramid that is there.
 
     Args:
         query: [batch, query_length, heads, head_dim], any strides.
+        lengths: int64 [batch]; queries from that one on are padding. None = none is.
         pyramid, layout: Of the keys. To the pyramid's centroid bias, if it has one, the correction is added.
         scale: Factor of the logits.
 
@@ -190,16 +195,19 @@ def logit_variance_launches(
     batch, heads, rows, head_dim = pyramid.key.shape
     power = pyramid.bias.new_empty(batch, heads, POWER_PARTS, head_dim)
     head_bias = pyramid.bias.new_empty(batch, heads, rows)
-    launches = [query_power_launch(query, power), logit_variance_launch(pyramid, layout, power, head_bias, scale)]
-    return head_bias, launches
+    return head_bias, [
+        query_power_launch(query, lengths, power),
+        logit_variance_launch(pyramid, layout, power, head_bias, scale),
+    ]
 
 
-def query_power_launch(query: Tensor, power: Tensor) -> KernelLaunch:
+def query_power_launch(query: Tensor, lengths: Tensor | None, power: Tensor) -> KernelLaunch:
     """The launch that fills ``power``, float32 [batch, heads, parts, head_dim]."""
     batch, query_length, heads, head_dim = query.shape
     rows, chunk, num_warps = POWER_TILE
     arguments = {
         "query": query,
+        "lengths": lengths,
         "power": power,
         "query_strides": query.stride(),
         "heads": heads,
