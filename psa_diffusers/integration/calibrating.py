@@ -2,8 +2,8 @@
 
 Measured is the last step of the dense warm-up: the nearest to the sparse ones (and, of an expert that begins later or
 where there is no warm-up, its first step). From then on each step has the budget that makes the weighted sum of squared
-errors least, at the config's compute budget on average over the run's sparse calls. All layers of a step share it: spread
-over the layers by these errors, the budget made videos worse (``benchmarks/experiments``).
+errors least, at the config's compute budget on average over the run's sparse calls. All layers of a step share it:
+spread over the layers by these errors, the same budget made videos worse (``benchmarks/experiments``).
 
 An error in step i moves the video by about as much as the step itself does: its weight is the step's share of the way
 from noise to video, ``(sigma_i - sigma_i+1)**2``, where the scheduler's sigmas tell it; else all steps weigh the same.
