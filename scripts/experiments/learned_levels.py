@@ -6,7 +6,7 @@
 A small network corrects the rule's error estimates (``scripts/laboratory/learned_rule.py``). It is trained on the
 captured calls of the first prompts: through a relaxation of the rule, on the outputs' errors at all budgets ("linear",
 "network"); or to foretell every pair's first-order error ("network, by regression"). Then each one's plans are compared
-with the rule's own, at equal budget and by the same backend: on calls that it was trained on ("seen"), on all calls of
+with the rule's own, at equal budget and by the same backend, without the logit correction: on calls that it was trained on ("seen"), on all calls of
 the other prompts ("unseen"), and on synthetic cases. Writes learned_levels.csv, a summary with the geometric mean of
 the ratios of errors and its 95 % interval, and a plot.
 """
@@ -27,10 +27,9 @@ import torch
 from block_policies import budget_rule
 from cases import Case, synthetic_cases
 from harness import case_settings, common_arguments, mean, measure, pick, save_figure, write_rows
-from learned_rule import Correction, Sample, learned_rule, price_at, rung_weights
+from learned_rule import CONFIG, Correction, Sample, learned_rule, price_at, rung_weights
 from torch import Tensor
 
-from psa_diffusers import PSAConfig
 from psa_diffusers.metrics import mean_with_interval
 
 RULE = "budget rule"
@@ -54,7 +53,7 @@ def relaxed_loss(correction: Correction, sample: Sample, budgets: Sequence[float
     features, losses = sample.of_rows(sample.features), []
     errors = features[..., -1] + correction(features)
     for budget in budgets:
-        price, costs = price_at(errors, budget, PSAConfig().kv_block_size, temperature)
+        price, costs = price_at(errors, budget, CONFIG.kv_block_size, temperature)
         weights = rung_weights(errors, price, costs, temperature)
         losses.append(0.5 * sample.lost(weights.transpose(0, 1)).log())
     return torch.stack(losses).mean()
@@ -161,9 +160,9 @@ def main(arguments: list[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     drawn = (options.blocks, options.queries, generator)
     training = captured(files[: options.train], options.every)
-    samples = [Sample.of(case, PSAConfig(), *drawn) for case in training]
+    samples = [Sample.of(case, CONFIG, *drawn) for case in training]
     rules = {name: train(name, samples, options.budgets, options.epochs, options.seed) for name in VARIANTS}
-    policies = {RULE: budget_rule(), **{name: learned_rule(rule) for name, rule in rules.items()}}
+    policies = {RULE: budget_rule(CONFIG), **{name: learned_rule(rule) for name, rule in rules.items()}}
     settings = {k: v for k, v in case_settings(options).items() if k != "every"}
     parts = {
         UNSEEN: captured(files[options.train :], options.every),

@@ -27,6 +27,7 @@ from psa_diffusers.planning.errors import _mean_power, _value_distance, pair_err
 
 FEATURES = ("first estimate", "second estimate", "share", "logit variance", "value spread", "distance", "error")
 TINY = 1e-12
+CONFIG = PSAConfig(logit_correction="none")  # which the relaxation does not have
 
 
 class Correction(nn.Module):
@@ -90,7 +91,7 @@ def errors_by(function) -> Iterator[None]:
 
 def learned_rule(correction: Correction, base: PSAConfig | None = None) -> Policy:
     """The budget rule with corrected errors, as a policy of the laboratory."""
-    plain = budget_rule(base)
+    plain = budget_rule(base or CONFIG)
 
     @torch.no_grad()
     def corrected(*arguments, **options) -> Tensor:

@@ -17,7 +17,7 @@ import harness
 import learned_rule
 from block_policies import budget_rule
 from cases import Case
-from learned_rule import Correction, Sample, observe, price_at, rung_weights
+from learned_rule import CONFIG, Correction, Sample, observe, price_at, rung_weights
 from learned_rule import learned_rule as rule_of
 
 from psa_diffusers import PSAConfig, build_plan
@@ -36,7 +36,7 @@ def case():
 @pytest.fixture(scope="module")
 def sample(case):
     """All queries of all blocks."""
-    return Sample.of(case, PSAConfig(), 8, 128, torch.Generator().manual_seed(0))
+    return Sample.of(case, CONFIG, 8, 128, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.3])
@@ -44,7 +44,7 @@ def test_whole_weights_give_the_plans_output(case, sample, budget):
     levels = build_plan(*case.inputs, PSAConfig(compute_budget=budget), grid=GRID).level_mask[0]
     chosen = sample.of_rows(levels[None])[0]
     weights = torch.stack([(chosen == 5 - rung).float() for rung in range(5)], 1)
-    error = harness.errors(case, budget_rule()(case, budget))["error"]
+    error = harness.errors(case, budget_rule(CONFIG)(case, budget))["error"]
     assert float(sample.lost(weights).sqrt()) == pytest.approx(error, rel=1e-4)
 
 
@@ -72,8 +72,8 @@ def test_a_new_correction_is_the_rule_itself_and_leaves_planning_as_it_was(case)
     before = build.pair_errors
     for hidden in (0, 8):
         own = rule_of(Correction(hidden))(case, 0.2)
-        assert torch.equal(own.output, budget_rule()(case, 0.2).output)
-    assert build.pair_errors is before and observe(case, PSAConfig()).shape == (
+        assert torch.equal(own.output, budget_rule(CONFIG)(case, 0.2).output)
+    assert build.pair_errors is before and observe(case, CONFIG).shape == (
         4,
         1,
         2,
