@@ -6,9 +6,9 @@
 A small network corrects the rule's error estimates (``scripts/laboratory/learned_rule.py``). It is trained on the
 captured calls of the first prompts: through a relaxation of the rule, on the outputs' errors at all budgets ("linear",
 "network"); or to foretell every pair's first-order error ("network, by regression"). Then each one's plans are compared
-with the rule's own, at equal budget and by the same backend, without the logit correction: on calls that it was trained on ("seen"), on all calls of
-the other prompts ("unseen"), and on synthetic cases. Writes learned_levels.csv, a summary with the geometric mean of
-the ratios of errors and its 95 % interval, and a plot.
+with the rule's own, at equal budget and by the same backend, all without the logit correction: on calls that it was
+trained on ("seen"), on all calls of the other prompts ("unseen"), and on synthetic cases. Writes learned_levels.csv, a
+summary with the geometric mean of the ratios of errors and its 95 % interval, and a plot.
 """
 
 from __future__ import annotations
