@@ -17,7 +17,7 @@ the mean, weighted like that, of the sparse calls' squared relative errors, as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,7 @@ class Calibration:
         self._last = -1  # step
 
     def begin_step(
-        self, step: Step, patch: ModelPatch, weights: list[float], budgets: RunBudgets, new_run: bool
+        self, step: Step, patch: ModelPatch, weights: Callable[[], list[float]], budgets: RunBudgets, new_run: bool
     ) -> bool:
         """A forward begins: allocate, if what was measured before is to be used from now on.
 
@@ -119,7 +119,7 @@ class Calibration:
         self._last = step.index
         expert, layers = patch.expert, block_count(patch)
         if expert in self._probes and step.index > self._measured_in[expert]:
-            self._allocate(step, expert, layers, weights)
+            self._allocate(step, expert, layers, weights())
             budgets.schedule = self.schedule
         if dense_reason(step, self.config) is None and self.config.target_error is None:
             given = [budgets.budget(step, layer, expert) for layer in range(layers)] if self.schedule else [None]
@@ -200,12 +200,11 @@ def _curves(probes: dict[int, list[Probe]]) -> dict[int, ErrorCurve]:
 def step_weights(scheduler: Any, total: int, least: float = LEAST_WEIGHT) -> list[float]:
     """How much an error in each of the run's steps matters: a mean of 1.
 
-    ``least`` is the least share of the way that a step counts as, in units of their mean.
+    ``least`` is the least share of the way that a step counts as, in units of their mean. Waits for the device where
+    the scheduler keeps its sigmas there.
     """
     sigmas = getattr(scheduler, "sigmas", None)
-    known = (
-        isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 and len(sigmas) > total and sigmas.device.type == "cpu"
-    )
+    known = isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 and len(sigmas) > total
     values = sigmas[-total - 1 :].tolist() if known else []
     shares = [first - second for first, second in pairwise(values)]
     if not shares or min(shares) < 0 or values[0] > 1.001 or sum(shares) == 0:  # not a flow from noise to video

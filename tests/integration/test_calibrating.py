@@ -241,6 +241,19 @@ def test_steps_weigh_as_much_as_they_move_the_video():
     assert max(weights) / min(weights) == pytest.approx((max(shares) * 8 / 0.6) ** 2, rel=1e-5)
 
 
+def test_the_schedulers_sigmas_tell_on_any_device():
+    """A scheduler may keep them where the model is."""
+
+    class OnDevice(torch.Tensor):
+        device = torch.device("cuda")
+
+    class Scheduler:
+        sigmas = torch.tensor([1.0, 0.9, 0.0]).as_subclass(OnDevice)
+
+    first, last = step_weights(Scheduler(), 2, least=0.1)
+    assert last / first == pytest.approx(81, rel=1e-4)
+
+
 @pytest.mark.parametrize("sigmas", [None, torch.tensor([14.6, 3.0, 0.0]), torch.tensor([0.0, 0.5, 1.0]), torch.ones(2)])
 def test_where_the_scheduler_does_not_tell_all_steps_weigh_the_same(sigmas):
     class Scheduler:
