@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import find_backend, get_backend
+from .autocasting import without_autocast
+from .backends import find_backend, get_backend, triton_obstacle
 from .config import PSAConfig
 from .planning import Plan, build_plan
 from .planning.validation import check_key_lengths, check_scale, check_tensors
@@ -55,6 +57,9 @@ def pyramid_sparse_attention(
         raise TypeError(f"config must be a PSAConfig or None, but is a {type(config).__name__}.")
     check_tensors(query, key, value)
     scale = check_scale(scale, query.shape[-1])
+    if torch.compiler.is_compiling() and triton_obstacle(query) is not None:
+        layout = {"grid": grid, "full_tokens": full_tokens, "key_lengths": key_lengths, "plan": plan}
+        return _uncompiled(query, key, value, config, **layout, scale=scale, return_lse=return_lse)
     if plan is None:
         plan = build_plan(
             query, key, value, config, grid=grid, full_tokens=full_tokens, key_lengths=key_lengths, scale=scale
@@ -63,17 +68,24 @@ def pyramid_sparse_attention(
         check_plan(plan, query, key, key_lengths)
     probe = next((tensor for tensor in (query, key, value) if tensor.requires_grad), query)
     attend = get_backend(find_backend(config.backend, probe, plan))
-    out, lse = attend(
-        query,
-        key,
-        value,
-        plan,
-        scale=scale,
-        logit_correction=config.logit_correction,
-        value_correction="covariance" if config.value_correction in ("covariance", "fitted") else "none",
-        return_lse=return_lse,
-    )
+    with without_autocast(query.device):
+        out, lse = attend(
+            query,
+            key,
+            value,
+            plan,
+            scale=scale,
+            logit_correction=config.logit_correction,
+            value_correction="covariance" if config.value_correction in ("covariance", "fitted") else "none",
+            return_lse=return_lse,
+        )
     return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable
+def _uncompiled(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Without the kernels, what is computed differs from plan to plan: each would be compiled anew, for minutes."""
+    return pyramid_sparse_attention(*args, **options)
 
 
 def check_plan(plan: Plan, query: Tensor, key: Tensor, key_lengths: Tensor | Sequence[int] | None = None) -> None:

@@ -16,7 +16,8 @@ def linear(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
     In float32 on a CPU this goes through oneDNN where the build has it: torch's own product takes MKL there, which runs
     at half the speed on processors of other makers.
     """
-    if rows.dtype == torch.float32 and rows.device.type == "cpu" and _has_onednn():
+    plain = rows.dtype != torch.float32 or rows.device.type != "cpu" or torch.compiler.is_compiling()
+    if not plain and _has_onednn():  # which the compiler cannot lower when called so
         return torch.ops.mkldnn._linear_pointwise(rows, weights, bias, "none", [], None)
     return torch.nn.functional.linear(rows, weights, bias)
 

@@ -31,11 +31,14 @@ from psa_diffusers.backends.triton import attend_triton, hopper
 from psa_diffusers.backends.triton.attention import attention_launch
 from psa_diffusers.backends.triton.covariance import build_covariance
 from psa_diffusers.backends.triton.layout import PyramidLayout
+from psa_diffusers.backends.triton.logit_variance import logit_variance_launches
 from psa_diffusers.backends.triton.pyramid import build_pyramid
 from psa_diffusers.backends.triton.read_lists import read_lists
 from psa_diffusers.gpu.target import target_of
 from psa_diffusers.planning import build_plan
 
+# Of dense attention's operations; all other stages have the compute budget.
+FLOPS = {"dense": 1.0, "pyramid": 0.0, "covariance": 0.0, "logit variance": 0.0, "host": 0.0}
 COLUMNS = ("gpu", "tokens", "heads", "head_dim", "compute_budget", "stage", "median_ms", "p20_ms", "p80_ms", "tflops")
 
 
@@ -67,7 +70,7 @@ def measure(tokens: int, heads: int, head_dim: int, budget: float, repeats: int)
     rows = []
     for stage, taken in times.items():
         median, low, high = (sorted(taken)[int(share * (len(taken) - 1))] for share in (0.5, 0.2, 0.8))
-        share = {"dense": 1.0, "pyramid": 0.0, "covariance": 0.0, "host": 0.0}.get(stage.split(",")[0], achieved)
+        share = FLOPS.get(stage.split(",")[0], achieved)
         tflops = share * 4 * heads * head_dim * tokens**2 / median / 1e9
         sizes = (torch.cuda.get_device_name(), tokens, heads, head_dim, round(achieved, 4))
         rows.append((*sizes, stage, round(median, 4), round(low, 4), round(high, 4), round(tflops, 1)))
@@ -85,9 +88,10 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*heads_first)
 
-    def whole(correction: str, hopper_kernel: bool = True) -> object:
+    def whole(logits: str = "variance", values: str = "covariance", hopper_kernel: bool = True) -> object:
+        corrections = {"logit_correction": logits, "value_correction": values}
         with mock.patch.object(hopper, "ENABLED", hopper_kernel):
-            return attend_triton(query, key, value, plan, scale=scale, value_correction=correction)
+            return attend_triton(query, key, value, plan, scale=scale, **corrections)
 
     layout = hopper.hopper_layout(PyramidLayout(plan.kv_blocks, plan.kv_block_size, plan.num_levels))
 
@@ -99,24 +103,31 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
     covariance = build_covariance(pyramid, layout, counted)
     named = {"query_block_size": plan.query_block_size, "order": plan.order, "scale": scale}
     tensors = (query, torch.empty_like(query), None, pyramid, lists)
+    head_bias, logit_launches = logit_variance_launches(query, None, pyramid, layout, scale)
+
+    def correct_logits() -> None:
+        for launch in logit_launches:
+            launch.run()
 
     def portable() -> None:
-        attention_launch(*tensors, layout, covariance, target=target, **named).run()
+        attention_launch(*tensors, layout, covariance, head_bias, target=target, **named).run()
 
     stages = {
         "dense, cuDNN": lambda: dense(SDPBackend.CUDNN_ATTENTION),
         "dense, flash": lambda: dense(SDPBackend.FLASH_ATTENTION),
-        "whole": lambda: whole("covariance"),
-        "whole, no value correction": lambda: whole("none"),
-        "whole, kernel for all GPUs": lambda: whole("covariance", hopper_kernel=False),
+        "whole": whole,
+        "whole, no value correction": lambda: whole(values="none"),
+        "whole, no logit correction": lambda: whole(logits="none"),
+        "whole, kernel for all GPUs": lambda: whole(hopper_kernel=False),
         "pyramid": build,
         "covariance": lambda: build_covariance(pyramid, layout, counted),
+        "logit variance": correct_logits,
         "attention, kernel for all GPUs": portable,
     }
     sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)
     if not hopper.hopper_obstacle(target, head_dim, query.dtype, *sizes):
         stages["attention, Hopper kernel"] = lambda: hopper.hopper_attention_launch(
-            *tensors, plan.level_mask, layout, covariance, is_padded=False, **named
+            *tensors, plan.level_mask, layout, covariance, head_bias, is_padded=False, **named
         ).run()
     return stages
 

@@ -1,20 +1,24 @@
 """Times the planner's GPU kernels, stage by stage, beside dense attention on the same tensors. Needs a GPU.
 
     python scripts/time_planning.py --shapes 4096x12 16384x12 75600x40 --csv benchmarks/planning_h200.csv
+    python scripts/time_planning.py --shapes 75600x40 --presets psa-3 psa-threshold --torch
 
-Times are GPU times: launches are queued behind a pause, so that the host's time does not count; ``host_ms`` is what the
-host needs to enqueue the whole plan. Medians. Inputs are smooth random fields with noise, bfloat16; their head dim is
-128 unless a shape names another.
+Times are GPU times: launches are queued behind a pause, so that the host's time does not count; ``host`` is what the
+host needs to enqueue the whole plan, ``torch planner`` (with ``--torch``) the plan by torch operators. Medians. Inputs
+are smooth random fields with noise, bfloat16; their head dim is 128 unless a shape names another.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +34,6 @@ from psa_diffusers.gpu.target import target_of
 from psa_diffusers.planning import build_plan
 from psa_diffusers.planning.blocks import make_layout
 from psa_diffusers.planning.triton import planner
-from psa_diffusers.planning.triton.statistics import statistics_launch
 
 GRIDS = {
     **{1024 * frames: (frames, 32, 32) for frames in (2, 4, 6, 8, 16, 32)},
@@ -38,23 +41,28 @@ GRIDS = {
     32760: (21, 30, 52),
     75600: (21, 45, 80),
 }
-COLUMNS = ("gpu", "tokens", "heads", "head_dim", "stage", "launches", "ms", "share_of_dense")
+COLUMNS = ("gpu", "preset", "tokens", "heads", "head_dim", "stage", "launches", "ms", "share_of_dense")
 
 
 def main() -> int:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x12", "16384x12"], metavar="TOKENSxHEADS[xHEAD_DIM]")
+    parser.add_argument("--presets", nargs="+", default=["default"], choices=list(PSAConfig.presets()), metavar="NAME")
+    parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="what differs from the preset")
+    parser.add_argument("--torch", action="store_true", help="also time the planner of torch operators")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows = []
-    for shape in options.shapes:
+    for shape, preset in itertools.product(options.shapes, options.presets):
         sizes = read_shape(shape)
-        times = measure(*sizes, options.repeats)
+        config = replace(PSAConfig.preset(preset), **options.settings)
+        times = measure(*sizes, config, options.repeats, options.torch)
         dense = times["dense"][1]
         for stage, (launches, ms) in times.items():
-            rows.append((torch.cuda.get_device_name(), *sizes, stage, launches, round(ms, 4), f"{ms / dense:.4f}"))
+            known = (torch.cuda.get_device_name(), preset, *sizes)
+            rows.append((*known, stage, launches, round(ms, 4), f"{ms / dense:.4f}"))
             print(*rows[-1], flush=True)
     if options.csv:
         with options.csv.open("w", newline="") as file:
@@ -68,12 +76,14 @@ def read_shape(text: str) -> tuple[int, int, int]:
     return tokens, heads, head_dim
 
 
-def measure(tokens: int, heads: int, head_dim: int, repeats: int) -> dict[str, tuple[int, float]]:
+def measure(
+    tokens: int, heads: int, head_dim: int, config: PSAConfig, repeats: int, with_torch: bool
+) -> dict[str, tuple[int, float]]:
     """Launches and milliseconds by stage: dense attention, the whole plan, its kernels, the block lists, host time."""
     query, key, value = make_inputs(tokens, heads, head_dim)
-    config, grid = PSAConfig(), GRIDS[tokens]
+    grid = GRIDS[tokens]
 
-    def plan() -> object:
+    def plan(config: PSAConfig = config) -> object:
         return build_plan(query, key, value, config, grid=grid)
 
     def dense() -> Tensor:
@@ -89,6 +99,9 @@ def measure(tokens: int, heads: int, head_dim: int, repeats: int) -> dict[str, t
             gpu_time(lambda launches=launches: [launch.run() for launch in launches], repeats),
         )
     times["host"] = (0, host_time(plan, repeats))
+    if with_torch:
+        by_torch = replace(config, backend="torch")
+        times["torch planner"] = (0, gpu_time(lambda: plan(by_torch), min(repeats, 5)))
     return times
 
 
@@ -97,22 +110,11 @@ def launches_of(query: Tensor, key: Tensor, value: Tensor, config: PSAConfig, gr
     target, sizes = target_of(query.device), (config.query_block_size, config.kv_block_size)
     where = {"curve": config.order, "grid": grid, "full_tokens": None, "device": query.device}
     layout = make_layout(query.shape[1], key.shape[1], *sizes, **where)
-    made = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
-    positions = planner.sampled_positions(query, config)
-    estimates = planner.empty_estimates(query, config.query_block_size, made)
-    choices = planner.empty_choices(estimates, config.num_levels)
-    draws = planner.sampled_draws(key, config)
-    places = {"order": layout.order, "key_lengths": None, "kv_block_size": config.kv_block_size, "target": target}
-    launches = [statistics_launch(key, value, made, draws, **places)]
-    inputs = (query, config, layout.order, positions, made, estimates)
-    full_blocks = key.shape[1] // config.kv_block_size
-    launches += planner.estimate_launches(
-        *inputs, scale=query.shape[-1] ** -0.5, full_blocks=full_blocks, target=target
-    )
-    launches += planner.choice_launches(config, layout, made, estimates, choices, is_padded=False, target=target)
-    lists, lengths = empty_read_lists(choices.levels, config.num_levels)
-    launches.append(read_lists_launch(choices.levels, lists, lengths, config.kv_block_size))
-    launches.append(launch_order_launch(choices.levels, lists, lengths))
+    known = {"scale": query.shape[-1] ** -0.5, "target": target}
+    levels, launches, _ = planner.level_plan(query, key, value, config, layout, None, **known)
+    lists, lengths = empty_read_lists(levels, config.num_levels)
+    launches.append(read_lists_launch(levels, lists, lengths, config.kv_block_size))
+    launches.append(launch_order_launch(levels, lists, lengths))
     by_kernel: dict[str, list] = {}
     for launch in launches:
         launch.run()

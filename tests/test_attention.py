@@ -110,6 +110,26 @@ def test_inference_mode_and_autocast_change_nothing(qkv, plan):
         assert torch.equal(pyramid_sparse_attention(*(tensor.clone() for tensor in qkv), CONFIG, plan=plan), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pyramid_sparse_attention(*qkv, CONFIG, plan=plan), expected)
+        for backend in ("torch", "reference"):
+            config = dataclasses.replace(CONFIG, backend=backend)
+            planned = build_plan(*qkv, config)
+            assert torch.equal(planned.level_mask, _outside_autocast(build_plan, *qkv, config).level_mask)
+            found = pyramid_sparse_attention(*qkv, config)
+            assert torch.equal(found, _outside_autocast(pyramid_sparse_attention, *qkv, config))
+
+
+def _outside_autocast(function, *args):
+    with torch.autocast("cpu", enabled=False):
+        return function(*args)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_in_a_compiled_function_a_call_without_kernels_runs_as_it_is(qkv, backend):
+    config = dataclasses.replace(CONFIG, backend=backend)
+    compiled = torch.compile(lambda *tensors: 2 * pyramid_sparse_attention(*tensors, config))
+    for length in (qkv[0].shape[1], qkv[0].shape[1] - 3):
+        tensors = [tensor[:, :length] for tensor in qkv]
+        assert torch.equal(compiled(*tensors), 2 * pyramid_sparse_attention(*tensors, config))
 
 
 def test_auto_takes_torch_on_a_cpu(qkv, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..backends.logit_variance import QUERY_STRIDE
 from ..config import PSAConfig
 
 HALF, SINGLE = 2, 4  # bytes of a number
@@ -126,6 +127,11 @@ def stage_works(call: Call) -> dict[str, Work]:
         "pyramid_kernel": Work(bytes=kv + call.rows_per_token * kv),
         # Pairs of rows of each level, and the coarsest rows with their centroids: products of a column with a row.
         "covariance_kernel": Work(flops=2 * call.tokens * call.heads * width**2, bytes=call.rows_per_token * kv),
+        "query_power_kernel": Work(bytes=call.tensor_bytes / QUERY_STRIDE),
+        # Every key once, and the bias of every row of the pyramid.
+        "logit_variance_kernel": Work(
+            bytes=call.tensor_bytes + SINGLE * call.rows_per_token * call.tokens * call.heads
+        ),
         "hopper_attention_kernel": Work(
             flops=4 * attention * width,
             bytes=kv + call.rows_per_token * kv + HALF * pairs,  # queries, output; pyramid; lists

@@ -6,6 +6,7 @@ import csv
 import datetime
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def check_csv(path: Path) -> None:
         raise WrongUsageError(f"there is no folder {path.parent} for --csv {path}.")
     if path.is_dir():
         raise WrongUsageError(f"--csv {path} is a folder; name a file.")
+    _check_writable(path, "--csv")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Before anything is measured."""
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise WrongUsageError(f"cannot write to {path} (Permission denied). Name another file by {option}.")
 
 
 def append_csv(path: Path, row: dict[str, Any]) -> None:
@@ -79,6 +87,7 @@ def check_plot(path: Path) -> None:
         raise WrongUsageError(f"--plot must end in {', '.join(PICTURES)}, but is {path}.")
     if not path.resolve().parent.is_dir():
         raise WrongUsageError(f"there is no folder {path.parent} for --plot {path}.")
+    _check_writable(path, "--plot")
     if importlib.util.find_spec("matplotlib") is None:  # before anything is measured
         raise CommandError("--plot needs matplotlib: pip install 'psa-diffusers[notebooks]'.")
 

@@ -19,7 +19,7 @@ from ..metrics import write_video
 from ..metrics.video_io import whole_file
 from ..report.measures import difference_video, measure_clip
 from ..report.run_report import report_of
-from . import pipeline, run_record
+from . import pipeline, plugin, run_record
 from .comparison_files import finish  # noqa: F401  the last of the three parts of the work
 from .comparison_job import Clip, Job, check_folders
 from .denoise import Generated, generate
@@ -102,6 +102,8 @@ def _announce(job: Job, todo: list[Work], processes: Processes, say: Say) -> Non
         say(f"The model does not know these words and ignores them: {', '.join(job.unknown_words)}.")
     if job.dropped:
         say(f"Left out, as they say the same as another setting: {', '.join(job.dropped)}.")
+    for remark in job.remarks:
+        say(remark)
     wanted, missing = len(job.clips) * len(job.configs), sum(len(work.settings) for work in todo)
     if missing < wanted:
         say(f"{wanted - missing} of {wanted} sparse videos are there already.")
@@ -122,8 +124,15 @@ class _Maker:
         if self._pipe is None:
             settings = self.job.settings
             self._pipe = pipeline.load_pipeline(self.job.source, settings.dtype, settings.device, settings.offload)
+            self._check_configs()
             self._warm_up()
         return self._pipe
+
+    def _check_configs(self) -> None:
+        """That every setting fits the model, before the first video is made."""
+        for config in self.job.configs.values():
+            plugin.switch_on(self._pipe, config)
+        plugin.switch_off(self._pipe)
 
     def _warm_up(self) -> None:
         """One dense and one sparse step of every setting on a GPU: compiling kernels is no part of a latency."""

@@ -84,7 +84,7 @@ def _record(job: Job, clip: Clip, name: str) -> dict[str, Any]:
 
 def _notes(job: Job, records: list[dict[str, Any]]) -> list[str]:
     """What has to be said beside the figures, each once."""
-    notes = [note for record in records for note in record["notes"]]
+    notes = [*job.remarks, *(note for record in records for note in record["notes"])]
     if _missing_packages():
         missing = " and ".join(_missing_packages())
         notes.append(f"No {PAGE}: {missing} missing. pip install 'psa-diffusers[report]', and the same command again.")

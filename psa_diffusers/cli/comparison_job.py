@@ -61,6 +61,7 @@ class Job:
     command: str
     unknown_words: list[str]
     dropped: list[str]
+    remarks: list[str]  # on the settings
     processes: int
 
     def settings_of(self, clip: Clip, name: str | None = None) -> GenerationSettings:
@@ -127,6 +128,7 @@ def prepare(
         command=command,
         unknown_words=unknown_words,
         dropped=dropped,
+        remarks=[text for file in attention[1] if (text := settings.remark_on_calibration(file, resolved[0]))],
         processes=processes.count,
     )
 

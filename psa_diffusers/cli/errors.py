@@ -75,6 +75,10 @@ def run_command(name: str, app: Callable[..., Any], arguments: Sequence[str] | N
 
 def _report(name: str, error: Exception, cause: BaseException, arguments: Sequence[str]) -> int:
     code, message = explain(name, error)
+    if code == INTERRUPTED:
+        # An interrupt that passed through an exec, as while libraries are imported, is "unhandled" to Python from then
+        # on, and ends a `python -m` by a signal in place of the exit code. The next exec clears that.
+        exec("")
     if "--debug" in arguments:
         typer.echo("".join(traceback.format_exception(cause)), err=True)
     if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":

@@ -75,7 +75,8 @@ def plan_folders(
     """A folder for every request, None for those that are finished already.
 
     One prompt goes to ``output`` itself, a file of prompts to ``output/001``, ``output/002``, ... There, a finished run
-    of the same request is left alone, an unfinished one is made again, and any other run needs ``--overwrite``.
+    of the same request is left alone. A stopped run of the same request is made again, and any other run needs
+    ``--overwrite``.
     """
     check_writable(output)
     folders: list[RunFolder | None] = []
@@ -84,7 +85,8 @@ def plan_folders(
         existing = folder.existing()
         if existing and not overwrite:
             record = folder.record()
-            if not numbered or not answers(record, request):
+            stopped = record.get("finished") is False
+            if not (numbered or stopped) or not answers(record, request):
                 raise WrongUsageError(
                     f"{folder.path} already holds {', '.join(existing)}. Add --overwrite to replace, or name another "
                     "folder by --output."

@@ -76,13 +76,20 @@ class ModelSource:
         if self.folder is None:
             snapshot = Path(_download(self.location, "model_index.json")).parent
             return {**values, "revision": snapshot.name}
-        weights = sorted(self.folder.rglob("*.safetensors"))
-        if sum(file.stat().st_size for file in weights) <= HASHED_MODEL_BYTES:
-            digest = hashlib.sha256()
-            for file in weights:
-                digest.update(file.relative_to(self.folder).as_posix().encode() + b"\0" + file.read_bytes())
-            values["weights_sha256"] = digest.hexdigest()
+        try:
+            weights = sorted(self.folder.rglob("*.safetensors"))
+            if sum(file.stat().st_size for file in weights) <= HASHED_MODEL_BYTES:
+                values["weights_sha256"] = _digest_of(weights, self.folder)
+        except OSError as error:
+            raise broken_model(self.name, "its weights cannot be read", error) from error
         return values
+
+
+def _digest_of(files: list[Path], folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def broken_model(name: str, what: str, error: BaseException | None = None) -> WrongUsageError:
@@ -219,7 +226,7 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
         dtypes["vae"] = torch.float32
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
-        with _quiet_loading():
+        with quiet_loading():
             pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, **{name: dtypes})
     except torch.OutOfMemoryError as error:
         raise CommandError(f"{source.name} does not fit in memory; try --offload or --dtype.") from error
@@ -234,13 +241,13 @@ def load_pipeline(source: ModelSource, dtype: str, device: str, offload: str = "
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        with _quiet_loading():  # it warns of float16 on a CPU, which was tried out before
+        with quiet_loading():  # it warns of float16 on a CPU, which was tried out before
             pipe.to(device)
     return pipe
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No bars and no remarks of the libraries while loading: psa-generate has its own bar, and its own errors."""
     import diffusers
     import transformers

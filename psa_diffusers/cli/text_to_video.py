@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import WrongUsageError, first_line
-from .pipeline import WAN, ModelSource
+from .pipeline import WAN, ModelSource, quiet_loading
 from .settings import WAN_DEFAULTS, GenerationSettings
 
 # Options by the names that pipelines have for them.
@@ -52,7 +52,8 @@ def _taken(source: ModelSource) -> dict[str, inspect.Parameter]:
     import diffusers
 
     kind = source.index.get("_class_name")
-    cls = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    with quiet_loading():  # it is imported now, and some remark on torchvision
+        cls = getattr(diffusers, kind, None) if isinstance(kind, str) else None
     if cls is None:
         raise WrongUsageError(
             f"{source.name} is a {kind}, which diffusers {diffusers.__version__} does not have; a newer one may."

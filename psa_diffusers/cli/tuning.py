@@ -101,8 +101,8 @@ def run(job: TuningJob, *, quiet: bool) -> dict[str, Any]:
         seconds += kept.statistics.calibration_seconds
     total = kept.statistics.last_step[1]
     if not all(found):
-        reasons = "; ".join([*kept.statistics.notes, *kept.statistics.dense_reasons]) or "no step was sparse"
-        raise CommandError(f"nothing was measured ({reasons}). Take more --steps, or a lower dense_warmup.")
+        reasons = " ".join(kept.statistics.notes) or f"{', '.join(kept.statistics.dense_reasons) or 'no step'}."
+        raise CommandError(f"nothing was measured. {reasons} Take more --steps, or a lower dense_warmup.")
     weights = step_weights(pipe.scheduler, total)
     tuned, checked = choose(job, pipe, found, weights, total, quiet=quiet)
     facts = _facts(job, total, seconds) | {

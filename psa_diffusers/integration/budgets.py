@@ -47,17 +47,21 @@ class RunBudgets:
         return DENSE_BUDGET if self.schedule and self.budget(step, layer, expert) == 1 else None
 
 
-def name_experts(pipe: Any, models: Sequence[nn.Module], schedule: tuple[BudgetPoint, ...]) -> None:
-    """Note on each transformer its name in the pipeline, once it is sure that the schedule fits them.
+def name_experts(pipe: Any, models: Sequence[nn.Module], config: PSAConfig) -> None:
+    """Note on each transformer its name in the pipeline, once it is sure that the config fits them.
 
     Raises:
-        ValueError: the schedule names an expert that is not there, or has budgets for another number of blocks.
+        ValueError: the schedule names an expert that is not there, or has budgets for another number of blocks;
+            ``dense_layers`` names a block that no transformer has.
     """
+    schedule = config.budget_schedule or ()
     patches = [getattr(model, PATCH) for model in models]
     names = component_names(pipe)
     for model, patch in zip(models, patches, strict=True):
         patch.expert = names.get(id(model), patch.expert)
     layers = {patch.expert: block_count(patch) for patch in patches}
+    if patches:
+        _check_dense_layers(config.dense_layers, layers)
     for point in schedule if patches else ():
         if point.expert not in (None, *layers):
             raise ValueError(
@@ -71,6 +75,13 @@ def name_experts(pipe: Any, models: Sequence[nn.Module], schedule: tuple[BudgetP
                     f"budget_schedule gives {len(point.budget)} budgets at {point.at:g}, but {name} has {count} "
                     "blocks; give one budget for all of them, or as many as blocks."
                 )
+
+
+def _check_dense_layers(dense_layers: Sequence[int], blocks: dict[str, int]) -> None:
+    missing = [layer for layer in dense_layers if layer >= max(blocks.values())]
+    if missing:
+        there = ", ".join(f"{name} has blocks 0 to {count - 1}" for name, count in blocks.items())
+        raise ValueError(f"dense_layers names {', '.join(map(str, missing))}, but {there}; leave those out.")
 
 
 def block_count(patch: ModelPatch) -> int:

@@ -178,6 +178,17 @@ class Calibration:
         left = sum(1 for i in sparse if i >= step.index)
         return min(max((wanted * len(sparse) - spent) / left, least), 1.0)
 
+    @property
+    def tuned(self) -> PSAConfig:
+        """The config with the budgets that the run got: for other runs of this model, size and number of steps.
+
+        Raises:
+            ValueError: no run has been measured yet.
+        """
+        if not self.schedule:
+            raise ValueError("Calibration.tuned: nothing was measured yet; run the pipeline once, with sparse steps.")
+        return replace(self.config, budget_schedule=self.schedule)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {

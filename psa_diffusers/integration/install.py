@@ -73,7 +73,10 @@ def psa_statistics(pipe: Any) -> PSAStatistics:
     """
     processors = installed_processors(transformers_of(pipe))
     if not processors:
-        raise ValueError(f"psa_statistics: PSA is not enabled on this {type(pipe).__name__}; call enable_psa(pipe).")
+        raise ValueError(
+            f"psa_statistics: PSA is not enabled on this {type(pipe).__name__}; call enable_psa(pipe) before a run, "
+            "and disable_psa(pipe) only after this."
+        )
     return processors[0].statistics
 
 

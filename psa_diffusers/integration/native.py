@@ -51,6 +51,7 @@ class AttentionSlot:
     self_attention: bool
     known: bool  # the native is one that may be rerouted
     position: torch.Tensor  # in ModelPatch.attention
+    left_out: str = ""  # argument of the native by which it leaves its attention out
     sparse: bool = False  # or watched
     dense_reason: str = OUTSIDE
     in_use: bool = False  # a sparse processor is to be on the module
@@ -118,6 +119,7 @@ def _slot_of(model: nn.Module, row: ModelRow, name: str, module: nn.Module, posi
             layer=row.layer(model, name),
             self_attention=row.is_self_attention(name),
             known=type(native).__name__ in row.natives,
+            left_out=row.left_out,
             position=torch.tensor(position, device="cpu"),
         )
     return slot

@@ -14,6 +14,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..autocasting import autocast_inputs
 from ..config import PSAConfig
 from ..planning.plan import Plan
 from . import operations, parallel
@@ -82,7 +83,7 @@ class PSAProcessor(SparseProcessor):
         if isinstance(pipe_or_model, PSAConfig) and config is None:
             pipe_or_model, config = None, pipe_or_model  # says what is missing when it is called
         if config is not None and not isinstance(config, PSAConfig):
-            raise TypeError(f"PSAProcessor: config must be a PSAConfig, but is a {type(config).__name__}.")
+            raise TypeError(f"PSAProcessor: config must be a PSAConfig, but is {_meant(config)}.")
         self.config = config or PSAConfig()
         self.calibration = Calibration(self.config) if calibrate else None
         models = transformers_of(pipe_or_model) if pipe_or_model is not None else []
@@ -93,7 +94,7 @@ class PSAProcessor(SparseProcessor):
         siblings = [other for other in installed_processors(models) if is_pipe and other._pipe() is pipe_or_model]
         self._begin(siblings[0] if siblings else None)
         self._slots = [slot for model in models for _, slot in attach(model).attention]
-        name_experts(self._pipe(), models, self.config.budget_schedule or ())
+        name_experts(self._pipe(), models, self.config)
         self._build_routes()
 
     def _begin(self, sibling: PSAProcessor | None = None) -> None:
@@ -279,7 +280,7 @@ class PSAProcessor(SparseProcessor):
         if slot.self_attention and slot.sparse:
             self._slot = slot
             return self._routes[type(slot.native)](slot.native, attn, *args, **kwargs)
-        if slot.self_attention and not torch.compiler.is_compiling():
+        if slot.self_attention and not torch.compiler.is_compiling() and not kwargs.get(slot.left_out):
             self.statistics.count_dense(slot.dense_reason, self._call.calls, layer=slot.layer)
         return slot.native(attn, *args, **kwargs)
 
@@ -287,17 +288,18 @@ class PSAProcessor(SparseProcessor):
         """Stands in for the attention function of a native processor; [batch, seq, heads, head_dim]."""
         reason, scale = self._dense_reason_of(query, key, value, options), options.get("scale")
         padded, shared = options.get("attn_mask") is not None, options.get("parallel_config")
+        inputs = autocast_inputs(query, key, value)
         if torch.compiler.is_compiling():
             if reason is not None:
                 return dense(query, key, value, **options)
             place, share = self._slot.position, shared is not None
-            return torch.ops.psa_diffusers.self_attention(query, key, value, place, self._id, scale, padded, share)
+            return torch.ops.psa_diffusers.self_attention(*inputs, place, self._id, scale, padded, share)
         if reason is None and self._slot.dense_reason:
-            self._measure((query, key, value), self._slot, scale, padded)
+            self._measure(inputs, self._slot, scale, padded)
             reason = self._slot.dense_reason
         if reason is None:
             try:
-                return self._attend(query, key, value, self._slot, scale, padded, shared)
+                return self._attend(*inputs, self._slot, scale, padded, shared)
             except parallel.OtherTokensError:
                 reason = OTHER_TOKENS
         self.statistics.count_dense(reason, layer=self._slot.layer)
@@ -450,6 +452,16 @@ def installed_processors(models: list[nn.Module]) -> list[PSAProcessor]:
     modules = [module for model in models for module in model.modules()]
     found = [getattr(module, "processor", None) for module in modules]
     return list({id(item): item for item in found if isinstance(item, PSAProcessor)}.values())
+
+
+def _meant(config: Any) -> str:
+    """What was given for a config, and what may have been wanted."""
+    wanted = ""
+    if isinstance(config, str):
+        wanted = f"; a preset is given by name: enable_psa(pipe, preset={config!r}), or PSAConfig.preset({config!r})"
+    elif isinstance(config, dict):
+        wanted = "; make one of these settings: PSAConfig.from_dict(settings)"
+    return f"a {type(config).__name__}{wanted}"
 
 
 def _no_pipe() -> None:

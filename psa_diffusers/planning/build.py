@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocasting import without_autocast
 from ..backends.logit_variance import query_lengths, query_power
 from ..config import PSAConfig
 from .blocks import Layout, make_layout, real_positions, unpadded_positions
@@ -98,7 +99,9 @@ def build_plan(
         device=device,
     )
     planner, reason = choose_planner(query, key_length, config, heads_group)
-    levels = _PLANNERS[planner](query, key, value, config, layout, lengths, scale, heads_group)
+    with without_autocast(device):
+        levels = _PLANNERS[planner](query, key, value, config, layout, lengths, scale, heads_group)
+        value_gain = _value_gain(query, key, value, levels, config, layout, lengths, scale)
     return Plan(
         level_mask=levels,
         query_length=query_length,
@@ -108,7 +111,7 @@ def build_plan(
         num_levels=config.num_levels,
         order=layout.order,
         key_lengths=lengths,
-        value_gain=_value_gain(query, key, value, levels, config, layout, lengths, scale),
+        value_gain=value_gain,
         notes=_notes(config, layout, levels.shape),
         planner=planner,
         planner_reason=reason,

@@ -18,7 +18,7 @@ def choose_planner(
     query: Tensor, key_length: int, config: PSAConfig, heads_group: Any | None = None
 ) -> tuple[str, str]:
     """The planner for these queries [batch, seq, heads, head_dim], and why: (name, a sentence for reports)."""
-    if heads_group is not None:
+    if heads_group is not None and config.rule == "budget":  # which has one price for all heads
         return "torch", "The planning kernels are not used: other processes hold heads of the layer."
     if config.backend in ("torch", "reference"):
         return "torch", f"The config asks for backend {config.backend!r}."
@@ -30,11 +30,8 @@ def choose_planner(
 
 def planner_obstacle(query: Tensor, key_length: int, config: PSAConfig) -> str | None:
     """Why the planning kernels cannot be used, as a clause for a message; None if they can."""
-    wanted = {"rule": "budget", "importance": "sampled", "importance_reduction": "sum"}
-    wanted |= dict.fromkeys(("similarity_thresholds", "target_error"))
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            return f"they plan with {name}={value!r} alone, but it is {getattr(config, name)!r}"
+    if config.target_error is not None:
+        return f"they plan with target_error=None alone, but it is {config.target_error!r}"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and they are not part of its graph"
     if query.device.type != "cuda" and not (_is_interpreted() and query.device.type == "cpu"):

@@ -14,7 +14,7 @@ from ..products import linear
 from .blocks import block_rows, rows_per_chunk, unpadded_positions
 from .sampling import Samples
 
-_STRIDE = 8  # of the antidiagonals, XAttention's (arXiv 2503.16428)
+STRIDE = 8  # of the antidiagonals, XAttention's (arXiv 2503.16428)
 _Of = tuple[slice, slice]  # samples and heads
 _NOTHING = -1e30  # logit of what is not there; finite, so that no inf - inf arises
 
@@ -210,7 +210,7 @@ def antidiagonal_importance(
     """
     batch, query_length, heads, _ = query.shape
     kv_real = unpadded_positions(key.shape[1], kv_block_size, key.device) if real is None else real
-    stride = min(_STRIDE, query_block_size, kv_block_size)
+    stride = min(STRIDE, query_block_size, kv_block_size)
     keys, weights = _stride_groups(key, order, kv_real, stride, flip=True)
     query_real = unpadded_positions(query_length, query_block_size, query.device)
     query_blocks, kv_blocks = query_real.shape[1], kv_real.shape[1]

@@ -127,12 +127,17 @@ def plot_trade_off(
 
 
 def plot_budgets(budgets: Mapping[tuple[int, int], float]) -> Figure:
-    """The compute budget of every (step, layer), dense = 1: steps from left to right, layers from top to bottom."""
+    """The compute budget of every (step, layer), dense = 1: steps from left to right, layers from top to bottom.
+
+    Colours go by the budget's square root, so that small ones can be told apart.
+    """
     steps, layers = (sorted({key[i] for key in budgets}) for i in (0, 1))
     figure = new_figure(max(4.0, 0.3 * len(steps) + 1.5), max(1.6, 0.2 * len(layers) + 0.8))
+    from matplotlib.colors import PowerNorm
+
     axes = figure.subplots()
     picture = [[budgets.get((step, layer), float("nan")) for step in steps] for layer in layers]
-    image = axes.imshow(picture, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    image = axes.imshow(picture, cmap="YlGnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(steps)), steps)
     axes.set_yticks(range(len(layers)), layers)
     axes.set(xlabel="step", ylabel="layer")

@@ -108,9 +108,15 @@ class PSAReport:
         return "\n".join("  ".join(_aligned(*cell) for cell in line).rstrip() for line in aligned)
 
     def plot(self) -> Figure:
-        """The compute budget of every step (columns) and layer (rows), dense = 1. Needs matplotlib."""
+        """The compute budget of every step (columns) and layer (rows), dense = 1. Needs matplotlib.
+
+        Raises:
+            ValueError: nothing has run yet.
+        """
         from .plots import plot_budgets
 
+        if not self.budgets():
+            raise ValueError("PSAReport.plot: there are no calls of known steps to show; run the pipeline first.")
         return plot_budgets({(step, layer): budget for step, layer, budget in self.budgets()})
 
     def budgets(self) -> list[tuple[int, int, float]]:

@@ -103,6 +103,16 @@ def test_wrong_usage(arguments, message, capsys):
     assert len(error.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("option", [("--csv", "rows.csv"), ("--plot", "rows.png")])
+def test_files_that_cannot_be_written_are_refused_before_measuring(option, tmp_path, capsys, monkeypatch):
+    from psa_diffusers.cli import bench_output
+
+    monkeypatch.setattr(bench_output.os, "access", lambda path, mode: False)
+    monkeypatch.setattr("psa_diffusers.benchmark.measure", lambda *arguments: pytest.fail("measured"))
+    assert run(option[0], str(tmp_path / option[1])) == 2
+    assert f"cannot write to {tmp_path / option[1]} (Permission denied)" in capsys.readouterr().err
+
+
 def test_whole_budget_has_no_error():
     config = PSAConfig(compute_budget=1.0)
     assert measure(BenchCase((2, 8, 16), config, heads=1, head_dim=32), repeats=1)["relative_error"] < 1e-5

@@ -349,6 +349,8 @@ def test_kernels_are_compiled_before_anything_is_timed(saved_model, monkeypatch)
 
     done = []
     monkeypatch.setattr(comparing.pipeline, "load_pipeline", lambda *arguments: "pipe")
+    monkeypatch.setattr(comparing.plugin, "switch_on", lambda *arguments: None)
+    monkeypatch.setattr(comparing.plugin, "switch_off", lambda *arguments: None)
     monkeypatch.setattr(comparing.run_record, "describe_environment", lambda *arguments: {})
     monkeypatch.setattr(comparing, "generate", lambda pipe, prompt, settings, **options: done.append(settings))
     from psa_diffusers.cli.generation import resolve_settings

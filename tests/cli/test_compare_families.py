@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import diffusers
@@ -161,6 +163,14 @@ def test_a_size_that_the_pipeline_refuses(compare):
 def test_a_pipeline_that_names_no_size(psa_compare, family, tmp_path):
     run = psa_compare("--model", family("cogvideox"), "--prompt", "a", "--height", 64, "--output", tmp_path / "out")
     assert "CogVideoXPipeline has no default for --width, --num-frames: name it." in refusal(run)
+
+
+def test_the_libraries_remarks_are_not_in_front_of_the_refusal(changed, tmp_path):
+    """In a process of its own, where the pipeline's module is imported for the first time."""
+    words = ["--model", changed(_class_name="FluxPipeline"), "--prompt", "a", "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "psa_diffusers.cli.compare", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("psa-compare: ") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

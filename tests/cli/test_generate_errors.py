@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +259,32 @@ def test_settings_that_are_none(refused, broken_model, text):
     assert "is not complete or is corrupt" in refused(*PROMPT, model=broken_model)
 
 
+def test_weights_that_may_not_be_read(refused, broken_model, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    message = refused(*PROMPT, model=broken_model)
+    assert "its weights cannot be read" in message and "Permission denied" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"dense_layers": [0, 99]}, "dense_layers names 99, but transformer has blocks 0 to 1"),
+        ({"budget_schedule": [{"at": 0, "budget": [0.2] * 7}]}, "gives 7 budgets at 0, but transformer has 2 blocks"),
+        ({"budget_schedule": [{"at": 0, "budget": 0.2, "expert": "other"}]}, "names expert 'other'"),
+    ],
+)
+def test_settings_of_another_model(refused, psa_compare, calls, saved_model, tmp_path, settings, says):
+    file = tmp_path / "settings.yaml"
+    file.write_text(json.dumps(settings))
+    assert says in refused(*PROMPT, "--config", file)
+    run = psa_compare(*PROMPT, "--model", saved_model, "--config", file, "--output", tmp_path / "compared")
+    assert run.code == 2 and says in run.err and len(run.err.splitlines()) <= 2
+    assert calls == []  # nor was the dense video made first
+
+
 def test_a_component_that_is_not_there(refused, broken_model):
     shutil.rmtree(broken_model / "vae")
     assert "has no folder vae" in refused(*PROMPT, model=broken_model)
@@ -282,6 +311,37 @@ def test_existing_output_stays_unless_overwrite(psa_generate, saved_model, tmp_p
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"video.mp4", "run.json"}  # no dense video of another run stays beside the new one
     assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 1
+
+
+def test_a_stopped_run_is_made_again_by_the_same_command(psa_generate, saved_model, tmp_path, monkeypatch):
+    arguments = (*PROMPT, "--model", saved_model, "--steps", 1, "--output", tmp_path / "out")
+    with monkeypatch.context() as patch:
+
+        def stop(*arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr(generation, "write_video", stop)
+        assert psa_generate(*arguments).code == 130
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["run.json"]
+    other = psa_generate(*arguments, "--seed", 1)
+    assert other.code == 2 and "--overwrite" in other.err
+    assert psa_generate(*arguments).code == 0 and (tmp_path / "out" / "video.mp4").is_file()
+    assert psa_generate(*arguments).code == 2  # it is finished now
+
+
+@pytest.mark.parametrize("stopped", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
+def test_an_interrupt_at_any_moment_ends_with_its_exit_code(stopped, tmp_path):
+    """Also where code that is executed from text is running, as in many libraries' imports."""
+    (tmp_path / "stopped.py").write_text(f"""
+import sys
+sys.path.append({str(Path(pipeline.__file__).parents[2])!r})
+from psa_diffusers.cli.errors import run_command
+def app(**options):
+    {stopped}
+sys.exit(run_command("psa-generate", app, []))
+""")
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "psa-generate: stopped; finished files were kept.\n")
 
 
 def test_a_failed_overwrite_loses_nothing(psa_generate, saved_model, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -68,6 +69,32 @@ def test_a_run_of_another_kind_is_remarked_on(tuned, psa_generate, saved_model, 
     assert "calibrated" not in same.err
     other = psa_generate(*PROMPT, *model, "--steps", 5, "--height", 80, "--output", tmp_path / "b")
     assert other.code == 0 and "was calibrated for height 64, steps 4; this run has height 80, steps 5" in other.err
+
+
+def test_psa_compare_follows_it_beside_one_budget_for_all(tuned, psa_compare, saved_model, tmp_path):
+    """The page has the compute budget of every step and layer; a run of another kind is remarked on, there too."""
+    given = (*PROMPT, "--model", saved_model, "--config", tuned, "--compute-budget", 0.3, "--output", tmp_path / "out")
+    run = psa_compare(*given)
+    assert run.code == 0 and "calibrated" not in run.err, run.err
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").rglob("[bt]*.json"))]
+    one, own = ({(step, layer): budget for step, layer, budget in record["by_call"]} for record in records)
+    given_budgets = {
+        (round(point.at * 4), layer): budget
+        for point in PSAConfig.load(tuned).budget_schedule
+        for layer, budget in enumerate(point.budget)
+    }
+    for found, expected in ((own, given_budgets), (one, dict.fromkeys(given_budgets, 0.3))):
+        sparse = {key: budget for key, budget in found.items() if key[0]}  # step 0 is dense
+        assert sparse == pytest.approx(expected, abs=0.02)  # of so few block pairs one costs that much
+    with (tmp_path / "out" / "clips.csv").open(newline="") as file:
+        asked = {row["setting"]: row["compute_budget_asked"] for row in csv.DictReader(file)}
+    assert asked == {"dense": "", "tuned": "", "budget-0.3": "0.3"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "tuned" in page and "budget_schedule" in page
+    other = psa_compare(*given[:-1], tmp_path / "other", "--steps", 2)
+    remark = "was calibrated for steps 4; this run has steps 2"
+    assert other.code == 0 and remark in other.err
+    assert remark in (tmp_path / "other" / "report.html").read_text()
 
 
 def test_words_and_json_say_the_same(psa_tune, tmp_path):

@@ -119,6 +119,19 @@ def test_each_expert_is_measured_and_the_second_gets_what_the_first_left(measure
     assert sum(used.values()) / len(used) == pytest.approx(0.5, rel=0.01) and set(used) == set(range(2, 8))
 
 
+def test_tuned_settings_serve_other_runs(measured, tmp_path):
+    pipe = calibrated(dense_warmup=0.5)
+    calibration = psa_calibration(pipe)
+    with pytest.raises(ValueError, match=r"Calibration\.tuned: nothing was measured yet; run the pipeline once"):
+        _ = calibration.tuned
+    expected = generate(pipe, steps=4)
+    assert calibration.tuned == PSAConfig(**{**calibration.config.to_dict(), "budget_schedule": calibration.schedule})
+    calibration.tuned.save(tmp_path / "tuned.yaml")
+    count = len(measured)
+    enable_psa(pipe, PSAConfig.load(tmp_path / "tuned.yaml"))
+    assert torch.equal(generate(pipe, steps=4), expected) and len(measured) == count
+
+
 def test_each_run_is_measured_anew(measured):
     pipe = calibrated(dense_warmup=0.5)
     generate(pipe, steps=4, guidance_scale=1.0)

@@ -107,6 +107,17 @@ def test_the_default_config(recorder):
     assert psa_statistics(pipe).dense_reasons == {"dense warm-up": 4, "one block of keys": 12}
 
 
+def test_a_dense_layer_that_no_transformer_has():
+    for model in (pipeline(), pipeline("experts")):
+        with pytest.raises(
+            ValueError, match=rf"dense_layers names 2, 99, but transformer has blocks 0 to {LAYERS - 1}"
+        ):
+            enable_psa(model, tiny_config(dense_layers=(0, 2, 99)))
+    pipe = pipeline("experts")
+    pipe.transformer_2 = transformer(num_layers=3)
+    enable_psa(pipe, tiny_config(dense_layers=(2,)))  # of one of them
+
+
 def test_cross_attention_keeps_its_native_object():
     pipe = pipeline("i2v")
     natives = [block.attn2.processor for block in pipe.transformer.blocks]
@@ -192,8 +203,21 @@ def test_what_is_no_pipeline(thing):
     for function in (enable_psa, disable_psa, PSAProcessor, psa_statistics):
         with pytest.raises(TypeError, match="needs a diffusers pipeline or a transformer"):
             function(thing)
-    with pytest.raises(TypeError, match="config must be a PSAConfig, but is a dict"):
-        PSAProcessor(pipeline(), {"compute_budget": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "a int"),
+        ({"seed": 1}, "a dict; make one of these settings: PSAConfig.from_dict(settings)"),
+        ("psa-3", "a str; a preset is given by name: enable_psa(pipe, preset='psa-3'), or PSAConfig.preset('psa-3')"),
+    ],
+)
+def test_a_config_that_is_none(given, words):
+    for function in (enable_psa, PSAProcessor):
+        with pytest.raises(TypeError) as error:
+            function(pipeline(), given)
+        assert str(error.value) == f"PSAProcessor: config must be a PSAConfig, but is {words}."
 
 
 def test_unknown_transformers_stay_dense_with_a_warning(caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -20,6 +21,11 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 MINIMAX = "minimax_h3.modular_blocks_minimax_h3"
 MINIMAX_SIZE = {"height": 128, "width": 160, "num_frames": 124}  # 37 latent frames
 PACKED = {"prompt_embeds": noise(1, TEXT, 16), "text_token_tags": torch.zeros(TEXT, dtype=torch.long), **MINIMAX_SIZE}
+REFERENCES = {
+    "normalized_references": [SimpleNamespace(kind="image"), SimpleNamespace(kind="audio")],
+    "condition_latents": [noise(1, 24, 1, 8, 10)],
+    "audio_condition_latents": [noise(2 * 6, 32)],
+}
 KEYFRAME = {"keyframe_anchors": ("first",), "condition_latents": [noise(1, 24, 1, 8, 10)]}
 CONNECTED = {
     f"{sign}connector_{name}": noise(1, TEXT, 16, seed=seed)
@@ -94,6 +100,14 @@ FAMILIES = {
         {"scheduler": ("MiniMaxH3Scheduler", {}), "audio_scheduler": ("MiniMaxH3Scheduler", {"shift": 3.0})},
         2,
     ),
+    "minimax with references": (
+        MINIMAX,
+        "MiniMaxH3Ref2VACoreDenoiseStep",
+        ("minimax", H3),
+        PACKED | REFERENCES,
+        {"scheduler": ("MiniMaxH3Scheduler", {}), "audio_scheduler": ("MiniMaxH3Scheduler", {"shift": 3.0})},
+        2,
+    ),
 }
 
 
@@ -107,7 +121,7 @@ def make(name):
     model = type(row)(row.model, row.config | changes, row.inputs, row.calls).build()
     pipe = blocks.init_pipeline()
     made = {part: getattr(diffusers, kind)(**settings) for part, (kind, settings) in schedulers.items()}
-    pipe.update_components(transformer=model, **made)
+    pipe.update_components(**{"transformer_ref" if "references" in name else "transformer": model}, **made)
     if name == "ltx-2":
         pipe.audio_vae = SoundCodec()
     pipe.set_progress_bar_config(disable=True)

@@ -1,6 +1,7 @@
 """Saving, loading and copying pipelines on which PSA is enabled; pipelines made from their parts."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -83,3 +84,21 @@ def test_parts_in_another_pipeline():
     first = generate(other)
     assert kinds(one) == kinds(other) == "dsss"
     assert torch.equal(first, generate(one))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+def test_what_was_pickled_is_dense_until_it_is_enabled_again(whole, caplog):
+    """A pickled transformer does not drag its pipeline along, and so has none to read the step from."""
+    pipe = enable_psa(pipeline(), tiny_config())
+    sparse, native = generate(pipe), generate(pipeline())
+    if whole:
+        twin = pickle.loads(pickle.dumps(pipe))
+    else:
+        twin = pipeline()
+        twin.transformer = pickle.loads(pickle.dumps(pipe.transformer))
+    assert torch.equal(generate(twin), native)
+    assert psa_statistics(twin).dense_reasons == {"step unknown": 4 * 2 * LAYERS}
+    assert caplog.text.count("PSA stays dense: it cannot tell which denoising step is running") == 1
+    assert torch.equal(generate(enable_psa(twin, tiny_config())), sparse) and kinds(twin) == "dsss"
+    assert torch.equal(generate(disable_psa(twin)), native)
+    assert torch.equal(generate(pipe), sparse)

@@ -37,7 +37,6 @@ class TinyPipeline:
         changes: To the transformer's configuration.
         parts: Makes parts that the pipeline cannot do without.
         after: Changes to the finished pipeline.
-        left_out: Calls more of a step whose attention guidance leaves out: counted where they are dense.
         windows: How often the steps are gone through.
     """
 
@@ -50,7 +49,6 @@ class TinyPipeline:
     changes: dict[str, Any] = field(default_factory=dict)
     parts: Callable[[], dict[str, Any]] = dict
     after: Callable[[Any], None] = lambda pipe: None
-    left_out: int = 0
     windows: int = 1
 
     def build(self):
@@ -206,7 +204,6 @@ PIPELINES = {
         FLOW,
         {**LTX_2, "spatio_temporal_guidance_blocks": [0], "modality_scale": 3.0},
         calls=2 + 1 + 2,  # in the perturbed forward one block leaves its attention out
-        left_out=1,
         tiny="ltx-2-perturbed",
         changes=SOUND,
         after=connected,
@@ -218,6 +215,34 @@ PIPELINES = {
         calls=2 * 2,
         tiny="kandinsky-6",
         after=sounding,
+    ),
+    "kandinsky-5-i2v": TinyPipeline(
+        "Kandinsky5I2VPipeline",
+        FLOW,
+        {
+            **SIZE | {"num_frames": 25},  # its first four take the brightness of the others
+            "image": IMAGE,
+            **{f"{sign}prompt_embeds_qwen": noise(1, TEXT, 16, seed=i) for i, sign in enumerate(("", "negative_"))},
+            **{f"{sign}prompt_embeds_clip": noise(1, 8, seed=i) for i, sign in enumerate(("", "negative_"))},
+            **{f"{sign}prompt_cu_seqlens": torch.tensor([0, TEXT], dtype=torch.int32) for sign in ("", "negative_")},
+        },
+        calls=2 * 2,
+        tiny="kandinsky-5",
+        changes={"visual_cond": True},
+    ),
+    "easyanimate-inpaint": TinyPipeline(
+        "EasyAnimateInpaintPipeline",
+        FLOW,
+        {
+            **SIZE,
+            **PROMPTS,
+            **masks("prompt_attention_mask", "negative_prompt_attention_mask"),
+            "video": noise(1, 3, 9, 64, 80),
+            "mask_video": torch.full((1, 1, 9, 64, 80), 255.0),  # all of it is to be drawn
+        },
+        calls=2,
+        tiny="easyanimate",
+        changes={"in_channels": 9},
     ),
     "cosmos": TinyPipeline(
         "CosmosTextToWorldPipeline",

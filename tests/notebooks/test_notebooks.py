@@ -17,7 +17,7 @@ from ..cli.tiny_wan import save_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-PICTURES = {"quickstart": 1, "how_it_works": 6, "choosing_a_budget": 2}
+PICTURES = {"quickstart": 1, "how_it_works": 6, "choosing_a_budget": 3}
 
 
 def read(path: Path):
@@ -118,10 +118,16 @@ def test_how_it_works(run):
 
 
 def test_choosing_a_budget(run):
-    """The default has the least error of all presets, at the least budget."""
+    """The default has the least error of all presets, at the least budget; calibrated budgets are closer still."""
     notebook = run("choosing_a_budget")
     (table,) = shown(notebook, "text/markdown")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     errors = {name: float(error) for name, error, _ in rows}
     assert min(errors, key=errors.get) == "default"
     assert "compute_budget=0.2" in printed(notebook, "calibrate")
+    expected, uniform = (float(text.split()[-1]) for text in printed(notebook, "tune").split(","))
+    assert expected < uniform
+    runs = [line.replace(",", "").split() for line in printed(notebook, "tuned").splitlines()]
+    assert [run[-1] for run in runs] == ["0.150", "0.150"]
+    one, tuned = (float(run[run.index("PSNR") + 1]) for run in runs)
+    assert tuned > one + 0.5

@@ -9,6 +9,7 @@ import torch
 from psa_diffusers.metrics import read_video
 from psa_diffusers.report import notebook, pictures, plots
 from psa_diffusers.report.block_mass import exact_mass, sampled_mass
+from psa_diffusers.report.page.figures import plot_fidelity
 
 from ..integration.tiny_wan import tiny_config
 
@@ -99,3 +100,17 @@ def test_tables():
         "| a | 0.123 | 2 |",
         "| b | 1.000 | 3 |",
     ]
+
+
+def test_settings_at_the_same_budget_lie_together():
+    entries = [
+        {
+            "setting": name,
+            "compute_budget_sparse": {"value": budget},
+            "psnr": {"value": 30.0, "low": None, "high": None},
+        }
+        for name, budget in (("one", 0.14999), ("other", 0.15001))
+    ]
+    (axes,) = plot_fidelity(entries, "psnr", []).axes
+    low, high = axes.get_xlim()
+    assert high - low == pytest.approx(0.04) and low < 0.14999 and high > 0.15001

@@ -95,6 +95,13 @@ def test_each_run_is_reported_alone_and_a_dense_pipeline_not_at_all():
         psa_report(disable_psa(pipe))
 
 
+def test_before_a_run_there_is_nothing_to_show():
+    report = psa_report(enable_psa(pipeline(), tiny_config()))
+    assert report.rows("step") == [] and report.table() == ""
+    with pytest.raises(ValueError, match="there are no calls of known steps to show; run the pipeline first"):
+        report.plot()
+
+
 def test_padding_is_in_no_level():
     from psa_diffusers import build_plan
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.planning.blocks import Layout
-from psa_diffusers.planning.triton import planner, spending
+from psa_diffusers.planning.triton import planner, sources, spending
 from psa_diffusers.planning.triton import prices as prices_file
 from psa_diffusers.planning.triton.statistics import Statistics
 
@@ -36,7 +36,7 @@ def run_stages(
     masses_bytes: int,
 ) -> Stages:
     """All launches, one by one, over buffers that start as garbage; the masses take ``masses_bytes`` at a time."""
-    before, planner.MASSES_BYTES = planner.MASSES_BYTES, masses_bytes
+    before, sources.MASSES_BYTES = sources.MASSES_BYTES, masses_bytes
     statistics = planner.empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
     _poison(statistics)
     draws, where = planner.sampled_draws(key, config), {"order": order, "key_lengths": key_lengths}
@@ -46,11 +46,13 @@ def run_stages(
     estimates = planner.empty_estimates(query, config.query_block_size, statistics)
     _poison(estimates)
     full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
-    inputs, second = (query, config, order, positions, statistics, estimates), None
-    for launch in planner.estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target="cpu"):
+    known, samples = {"scale": scale, "full_blocks": full_blocks, "target": "cpu"}, statistics.key_samples
+    source = sources.prepare_source(query, key, config, order, key_lengths, **known, keys=samples).source
+    inputs, second = (query, key, config, order, positions[1], statistics, estimates), None
+    for launch in planner.estimate_launches(*inputs, source=source, **known):
         launch.run()
         second = estimates.attention.clone() if second is None else second
-    planner.MASSES_BYTES = before
+    sources.MASSES_BYTES = before
     choices = planner.empty_choices(estimates, config.num_levels)
     _poison(choices)
     chosen = (config, Layout(order, None, None, 0), statistics, estimates, choices)
@@ -93,6 +95,7 @@ def levels_of_prices(
     costs: tuple[int, ...],
     compute_budget: float,
     max_chunks: int,
+    cap: Tensor | None = None,
 ) -> Tensor:
     """int8 levels from int16 prices with sentinels, [num_levels, batch, heads, query_blocks, kv_blocks]."""
     before = spending.MAX_CHUNKS
@@ -111,7 +114,7 @@ def levels_of_prices(
         levels = torch.full(prices.shape[1:], 77, dtype=torch.int8)
         settings = {"costs": costs, "compute_budget": compute_budget}
         spending.bins_launch(prices, counts, full, spent, by_chunk, **settings).run()
-        spending.levels_launch(prices, counts, full, spent, by_chunk, levels, **settings).run()
+        spending.levels_launch(prices, counts, full, spent, by_chunk, levels, **settings, cap=cap).run()
         return levels
     finally:
         spending.MAX_CHUNKS = before

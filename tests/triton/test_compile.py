@@ -48,6 +48,9 @@ LEAN = [
         "statistics",
         "centroids",
         "prices",
+        "masses+max",
+        "similarity",
+        "strided_masses",
     )
     for target in ("sm_90", "gfx942")
 ]

@@ -326,10 +326,7 @@ def test_padded_queries_of_text_do_not_move_the_plan(interpreter):
     [
         ({}, "The planning kernels are not used: the tensors are on cpu, not on a CUDA or ROCm GPU."),
         ({"backend": "torch"}, "The config asks for backend 'torch'."),
-        ({"rule": "topk"}, "they plan with rule='budget' alone, but it is 'topk'"),
-        ({"importance": "pooled"}, "they plan with importance='sampled' alone, but it is 'pooled'"),
-        ({"importance_reduction": "max"}, "importance_reduction='sum' alone, but it is 'max'"),
-        ({"similarity_thresholds": (0.7, 0.6, 0.5)}, "similarity_thresholds=None alone, but it is (0.7, 0.6, 0.5)"),
+        ({"target_error": 0.1}, "they plan with target_error=None alone, but it is 0.1"),
     ],
 )
 def test_choice_says_why(settings, reason):

@@ -17,7 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...gpu.kernel_launch import KernelLaunch
-from ...planning.triton.inspected import HOPPER_PLANNING_KERNELS, PLANNING_KERNELS, planning_launch
+from ...planning.triton.inspected import (
+    HOPPER_PLANNING_KERNELS,
+    PLANNING_KERNELS,
+    ROW_KERNELS,
+    RULE_KERNELS,
+    planning_launch,
+)
 from .attention import attention_launch
 from .covariance import covariance_finish_launch, covariance_launch, covariance_sum_launch, empty_covariance
 from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
@@ -53,6 +59,8 @@ KERNELS = (
     "read_lists",
     "launch_order",
     *PLANNING_KERNELS,
+    *RULE_KERNELS,
+    *ROW_KERNELS,
     *HOPPER_PLANNING_KERNELS,
 )
 HOPPER_KERNELS = ("hopper", "hopper+covariance", "hopper+covariance+variance")  # sm_90 alone
@@ -69,17 +77,20 @@ CORE_KERNELS = (
     "covariance",
     "covariance_finish",
     *PLANNING_KERNELS[:5],
+    *RULE_KERNELS,
 )
 LIST_KERNELS = (
     "read_lists",
     "launch_order",
     "covariance_sum",
     *PLANNING_KERNELS[5:],
+    *ROW_KERNELS,
 )  # alike for all dtypes and head dims
 REQUIRED_DTYPES = (torch.float16, torch.bfloat16)
 REQUIRED_HEAD_DIMS = (64, 96, 128)
 MATRIX_INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
 TYPE_NAMES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -139,7 +150,9 @@ class Resources:
             return f"needs {self.shared_memory} bytes of shared memory, above the {limit} of {case.target}"
         if self.spilled > (PRODUCER_STACK if case.kernel in HOPPER_KERNELS else 0):
             return f"spills {self.spilled} {'registers' if case.target.startswith('gfx') else 'bytes a thread'}"
-        is_half = case.kernel.startswith(("attention", "hopper", "centroids", "masses")) and case.dtype != "fp32"
+        is_half = (
+            case.kernel.startswith(("attention", "hopper", "centroids", "masses", "strided")) and case.dtype != "fp32"
+        )
         if is_half and case.target == "sm_90" and case.query_block_size >= 64 and self.matrix_unit != "wgmma":
             return f"uses {self.matrix_unit}, not wgmma"
         return "uses no matrix unit" if is_half and self.matrix_unit == "none" else ""
@@ -238,7 +251,7 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
         return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
-    if case.kernel in (*PLANNING_KERNELS, *HOPPER_PLANNING_KERNELS):
+    if case.kernel in (*PLANNING_KERNELS, *RULE_KERNELS, *ROW_KERNELS, *HOPPER_PLANNING_KERNELS):
         return planning_launch(case, query, order)
     if case.kernel in ("query_power", "logit_variance"):
         lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
@@ -284,6 +297,7 @@ def _tile_of(launch: KernelLaunch) -> str:
         ("CHUNK",),
         ("TILE",),
         ("KV_BLOCK", "BLOCK_D"),
+        ("BLOCK_N",),
     )
     names = next(names for names in shapes if set(names) <= set(launch.arguments))
     return "x".join(str(launch.arguments[name]) for name in names)

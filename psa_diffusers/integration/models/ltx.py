@@ -66,6 +66,7 @@ LTX_2 = ModelRow(
     attention=r"transformer_blocks\.\d+\.attn1",
     layout=_layout_2,
     default_native=_default_native_2,
+    left_out="all_perturbed",
     sparse="`attn1` (video to video); audio and audio-video attention stay dense, and all does under a reference mask",
     text="cross-attention; keyframes and references come last",
     grid="`num_frames`, `height`, `width`",

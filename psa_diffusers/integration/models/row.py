@@ -60,6 +60,7 @@ class ModelRow:
         sparse, text, grid: What that comes to, in words, for the README's table.
         presets: Names of the presets (``configs/``) for its usual sizes.
         default_native: model -> the class name of the processors that it sets itself, where that depends on it.
+        left_out: Name of the native's argument that is true where it leaves its attention out.
         one_sample_a_call: The native computes the samples of a batch one by one.
         one_sequence: Tokens beside the video's are in one tensor with it before the blocks, so that context parallel
             splits all of them together, in their order.
@@ -77,6 +78,7 @@ class ModelRow:
     grid: str = ""
     presets: tuple[str, ...] = ()
     default_native: Callable[[nn.Module], str] | None = None
+    left_out: str = ""
     one_sample_a_call: bool = False
     one_sequence: bool = False
     dense: str = ""

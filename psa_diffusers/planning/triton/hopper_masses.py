@@ -28,8 +28,8 @@ def _copy_half(halves, half, samples, kv_blocks, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _half_masses(products, sample_bias, half, regular_halves, kv_blocks, running_max, factor):
-    """exp2 of the logits less their largest so far, summed over each block's samples [ROWS, 8].
+def _half_masses(products, sample_bias, half, regular_halves, kv_blocks, running_max, factor, IS_MAX: gl.constexpr):
+    """exp2 of the logits less their largest so far, summed over each block's samples [ROWS, 8], and what is kept of it.
 
     Also that largest [ROWS], and what it is taken as: 0 where no key was met yet.
     """
@@ -44,7 +44,9 @@ def _half_masses(products, sample_bias, half, regular_halves, kv_blocks, running
     largest = gl.maximum(running_max, gl.max(products, 1) * factor)
     reference = gl.where(largest == float("-inf"), 0.0, largest)
     weights = gl.exp2(products * factor - reference[:, None])
-    return gl.sum(gl.reshape(weights, (ROWS, SAMPLES, 8)), 1), largest, reference
+    samples = gl.reshape(weights, (ROWS, SAMPLES, 8))
+    mass = gl.sum(samples, 1)
+    return mass, gl.max(samples, 1) if IS_MAX else mass, largest, reference
 
 
 @gluon.jit
@@ -91,6 +93,7 @@ def hopper_masses_kernel(
     SAMPLES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
+    IS_MAX: gl.constexpr,
 ):
     """What :func:`~.masses.masses_kernel` computes, for a positive scale and SAMPLES = 8 samples a kv block.
 
@@ -135,16 +138,16 @@ def hopper_masses_kernel(
             following = halves.index((number + 1) % STAGES).permute((1, 0))
             pending = warpgroup_mma(rows.index(later(tile)), following, blank, use_acc=False, is_async=True)
             _copy_half(halves, number + STAGES, samples, kv_blocks, STAGES)
-            mass, largest, reference = _half_masses(
-                products, sample_bias, number, regular_halves, kv_blocks, running_max, factor
+            mass, kept, largest, reference = _half_masses(
+                products, sample_bias, number, regular_halves, kv_blocks, running_max, factor, IS_MAX
             )
             rescale = gl.exp2(running_max - reference)
             running_sum = _rescaled(running_sum, rescale) + mass
             running_max = largest
             if half == 0:
-                even = mass
+                even = kept
             else:
-                _store_tile(masses, maxima, _rescaled(even, rescale), mass, reference, tile, width, tiles)
+                _store_tile(masses, maxima, _rescaled(even, rescale), kept, reference, tile, width, tiles)
             running_sum = settled(running_sum, 8)
             products = warpgroup_mma_wait(0, [pending])
     async_copy.wait_group(0)

@@ -12,17 +12,22 @@ from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
 from ..blocks import Layout
 from . import hopper
-from .planner import choice_launches, empty_choices, empty_estimates, estimate_launches
-from .statistics import empty_statistics, statistics_launch
+from .planner import level_plan
 
 PLANNING_KERNELS = ("statistics", "centroids", "masses", "shares", "prices", "bins", "levels")
-HOPPER_PLANNING_KERNELS = ("hopper_centroids", "hopper_masses")  # sm_90 alone, for long videos
+# Those that the rules without a budget, other importances and the similarity cap add. "ranks+threshold" is the rows'
+# kernel by another rule, "masses+max" that of the masses by another reduction.
+RULE_KERNELS = ("key_samples", "masses+max", "shares+max", "means", "similarity", "strided_masses")
+ROW_KERNELS = ("ranks", "ranks+threshold")
+HOPPER_PLANNING_KERNELS = ("hopper_centroids", "hopper_masses", "hopper_masses+max")  # sm_90 alone, for long videos
+
+LONG = 118800  # tokens of HunyuanVideo's 720p
 
 
 class PlanningCase(Protocol):
     """What is read of a case."""
 
-    kernel: str  # one of PLANNING_KERNELS or HOPPER_PLANNING_KERNELS
+    kernel: str  # one of those above
     target: str
     query_block_size: int
     kv_block_size: int
@@ -40,27 +45,39 @@ def planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> 
 
 
 def _planning_launch(case: PlanningCase, query: Tensor, order: Tensor | None) -> KernelLaunch:
-    config = PSAConfig(
-        query_block_size=case.query_block_size, kv_block_size=case.kv_block_size, num_levels=case.num_levels
-    )
+    kernel, _, variant = case.kernel.partition("+")
     batch, length, _, head_dim = query.shape
-    statistics = empty_statistics(query, case.kv_block_size, case.num_levels, config.sampled_keys)
-    kv_blocks, query_blocks = statistics.counts.shape[1], ceil_div(length, case.query_block_size)
-    if case.kernel == "statistics":
-        draws = torch.empty(kv_blocks, case.kv_block_size, dtype=torch.int16, device="meta")
-        key_lengths = None if case.is_plain else torch.empty(batch, dtype=torch.int64, device="meta")
-        sizes = {"kv_block_size": case.kv_block_size, "target": case.target}
-        return statistics_launch(query, query, statistics, draws, order=order, key_lengths=key_lengths, **sizes)
-    full = (None, None)
+    sizes = (case.query_block_size, case.kv_block_size)
+    key_lengths, full = None, (None, None)
     if not case.is_plain:
-        full = tuple(torch.empty(size, dtype=torch.bool, device="meta") for size in (query_blocks, kv_blocks))
-    samples = min(config.sampled_queries, case.query_block_size)
-    positions = torch.empty(query_blocks, samples, dtype=torch.int32, device="meta")
-    estimates = empty_estimates(query, case.query_block_size, statistics)
-    inputs = (query, config, order, (positions, positions), statistics, estimates)
-    full_blocks = length // case.kv_block_size if case.is_plain else 0
-    made = list(estimate_launches(*inputs, scale=head_dim**-0.5, full_blocks=full_blocks, target=case.target))
-    choices, is_padded = empty_choices(estimates, case.num_levels), not case.is_plain
-    chosen = (config, Layout(order, *full, 0), statistics, estimates, choices)
-    made += choice_launches(*chosen, is_padded=is_padded, target=case.target)
-    return next(launch for launch in made if launch.kernel.__name__ == f"{case.kernel}_kernel")
+        key_lengths = torch.empty(batch, dtype=torch.int64, device="meta")
+        full = tuple(torch.empty(ceil_div(length, size), dtype=torch.bool, device="meta") for size in sizes)
+    config = PSAConfig(
+        query_block_size=sizes[0],
+        kv_block_size=sizes[1],
+        num_levels=case.num_levels,
+        **_rule_of(kernel, variant, case),
+    )
+    # Rows as long as long videos have them, unless the case is about short ones.
+    key = query.new_empty(batch, LONG, *query.shape[2:]) if kernel == "ranks" and not case.is_plain else query
+    layout, scale = Layout(order, *full, 0), head_dim**-0.5
+    plan = level_plan(query, key, key, config, layout, key_lengths, scale=scale, target=case.target)
+    return next(launch for launch in plan.launches if launch.kernel.__name__ == f"{kernel}_kernel")
+
+
+def _rule_of(kernel: str, variant: str, case: PlanningCase) -> dict[str, object]:
+    """Settings with which the kernel is launched, in the variant that takes most."""
+    levels = range(case.num_levels)
+    has_cap = kernel == "similarity" or not case.is_plain
+    settings = {"similarity_thresholds": [0.5] * (case.num_levels - 1)} if has_cap else {}
+    if kernel == "means":
+        return settings | {"importance": "pooled"}
+    if kernel == "strided_masses":
+        return settings | {"importance": "antidiagonal"}
+    if variant == "max":
+        return settings | {"importance_reduction": "max"}
+    if variant == "threshold":
+        return settings | {"rule": "threshold", "level_thresholds": [0.6 + 0.1 * level for level in levels]}
+    if kernel in ("key_samples", "ranks"):
+        return settings | {"rule": "topk", "level_fractions": [0.1] * case.num_levels}
+    return settings

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import INTERPRETED
 from . import hopper
-from .statistics import Statistics
+from .key_samples import KeySamples
 from .tiles import masses_tile
 
 
@@ -45,13 +45,13 @@ class MassesLayout:
 
 
 def masses_layout(
-    query: Tensor, query_blocks: int, samples: int, statistics: Statistics, *, scale: float, target: str
+    query: Tensor, query_blocks: int, samples: int, keys: KeySamples, *, scale: float, target: str
 ) -> MassesLayout:
     """For queries [batch, query_length, heads, head_dim] of so many blocks, ``samples`` of each."""
-    key_samples = next_power_of_2(statistics.samples.shape[2])
+    key_samples = next_power_of_2(keys.samples.shape[2])
     padded = next_power_of_2(samples)
     tile = hopper.masses_tile()
-    is_hopper = statistics.samples.shape[2] == hopper.KEY_SAMPLES
+    is_hopper = keys.samples.shape[2] == hopper.KEY_SAMPLES
     is_hopper = is_hopper and hopper.fits_hopper(query, query_blocks * padded, tile.block_m, scale, target)
     if not is_hopper:
         tile = masses_tile(target, query.shape[3], query.dtype)
@@ -63,7 +63,7 @@ def masses_layout(
         block_m=block_m,
         block_n=blocks_n * key_samples,
         blocks_n=blocks_n,
-        tiles=ceil_div(statistics.counts.shape[1], blocks_n),
+        tiles=ceil_div(keys.counts.shape[1], blocks_n),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         is_hopper=is_hopper,

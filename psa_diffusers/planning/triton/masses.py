@@ -13,9 +13,9 @@ from torch import Tensor
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.target import padded_head_dim
 from . import hopper
+from .key_samples import KeySamples
 from .mass_buffers import Masses, MassesLayout
 from .samples import log_of_sum, sampled_rows
-from .statistics import Statistics
 from .tiles import precision_of
 
 
@@ -59,13 +59,17 @@ def _sampled_logits(
 
 
 @triton.jit
-def _store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N: tl.constexpr):
-    """Writes a tile's masses and their reference; returns their sum [ROWS]."""
+def store_masses(
+    weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N: tl.constexpr, IS_MAX: tl.constexpr
+):
+    """Writes a tile's masses, or the largest sample of each, and their reference; returns the masses' sum [ROWS]."""
     BLOCK_M: tl.constexpr = weights.shape[0]
     BLOCK_N: tl.constexpr = weights.shape[1]
-    mass = tl.sum(tl.reshape(weights, (BLOCK_M, BLOCK_N // BLOCKS_N, BLOCKS_N)), axis=1)
+    samples = tl.reshape(weights, (BLOCK_M, BLOCK_N // BLOCKS_N, BLOCKS_N))
+    mass = tl.sum(samples, axis=1)
+    kept = tl.max(samples, axis=1) if IS_MAX else mass
     block = start + tl.arange(0, BLOCKS_N)
-    tl.store(masses + row[:, None] * width + block[None, :], mass.to(masses.dtype.element_ty))
+    tl.store(masses + row[:, None] * width + block[None, :], kept.to(masses.dtype.element_ty))
     tl.store(maxima + row * tiles + start // BLOCKS_N, largest)
     return tl.sum(mass, axis=1)
 
@@ -99,6 +103,7 @@ def masses_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_N: tl.constexpr,
+    IS_MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BLOCK_M sampled queries of one head against all sampled keys of the head.
@@ -150,7 +155,7 @@ def masses_kernel(
         )
         largest = tl.maximum(running_max, tl.max(products, axis=1) * factor)
         weights = tl.exp2(products * factor - largest[:, None])
-        total = _store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N)
+        total = store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N, IS_MAX)
         running_sum = running_sum * tl.exp2(running_max - largest) + total
         running_max = largest
     for start in range(regular_blocks, kv_blocks, BLOCKS_N):
@@ -172,7 +177,7 @@ def masses_kernel(
         new_max = tl.maximum(running_max, tl.max(logits, axis=1))
         largest = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have met no key yet
         weights = tl.exp2(logits - largest[:, None])
-        total = _store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N)
+        total = store_masses(weights, largest, masses, maxima, row, start, width, tiles, BLOCKS_N, IS_MAX)
         running_sum = running_sum * tl.exp2(running_max - largest) + total
         running_max = new_max
     tl.store(denominators + row, log_of_sum(running_max, running_sum, valid))
@@ -182,13 +187,14 @@ def masses_launch(
     query: Tensor,
     positions: Tensor,
     order: Tensor | None,
-    statistics: Statistics,
+    keys: KeySamples,
     masses: Masses,
     layout: MassesLayout,
     heads: range,
     *,
     scale: float,
     full_blocks: int,
+    is_max: bool,
     target: str,
 ) -> KernelLaunch:
     """The launch that fills ``masses`` for some heads.
@@ -197,16 +203,17 @@ def masses_launch(
         query: [batch, seq, heads, head_dim], any strides.
         positions: int32 [query_blocks, samples], see :func:`~.samples.query_positions`.
         full_blocks: so many kv blocks, from the first, have no key missing in any sample of the batch.
+        is_max: a block's mass is that of its largest sample, not of all.
     """
     head_dim, query_blocks = query.shape[3], len(positions)
     # With a negative scale the largest product is the smallest logit; and a tile's columns that are no sample, where
     # samples are no power of two, need their bias.
-    is_regular = scale > 0 and layout.block_n == layout.blocks_n * statistics.samples.shape[2]
+    is_regular = scale > 0 and layout.block_n == layout.blocks_n * keys.samples.shape[2]
     regular_blocks = full_blocks // layout.blocks_n * layout.blocks_n if is_regular else 0
     arguments = {
         "query": query,
-        "samples": statistics.samples,
-        "sample_bias": statistics.sample_bias,
+        "samples": keys.samples,
+        "sample_bias": keys.sample_bias,
         "positions": positions,
         "order": order,
         "masses": masses.mass,
@@ -218,7 +225,7 @@ def masses_launch(
         "first_head": heads.start,
         "heads_here": len(heads),
         "query_blocks": query_blocks,
-        "kv_blocks": statistics.counts.shape[1],
+        "kv_blocks": keys.counts.shape[1],
         "regular_blocks": regular_blocks,
         "rows_of_head": layout.rows,
         "width": masses.mass.shape[1],
@@ -226,8 +233,9 @@ def masses_launch(
         "HEAD_DIM": head_dim,
         "QUERY_SAMPLES": positions.shape[1],
         "PADDED": layout.padded,
-        "SAMPLES": statistics.samples.shape[2],
+        "SAMPLES": keys.samples.shape[2],
         "BLOCK_M": layout.block_m,
+        "IS_MAX": is_max,
     }
     grid = (layout.rows // layout.block_m, len(heads), query.shape[0])
     if layout.is_hopper:

@@ -1,4 +1,4 @@
-"""The planner's entry point on a GPU: buffers, and the launches in their order."""
+"""The planner's entry point on a GPU, and the ``budget`` rule's buffers and launches in their order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ...gpu.target import target_of, tensor_obstacle
 from ..blocks import Layout
 from ..budget import rung_costs
 from .centroids import centroid_launch
-from .mass_buffers import empty_masses, heads_at_a_time, masses_layout
-from .masses import masses_launch
 from .prices import prices_launch
-from .samples import key_draws, query_positions
+from .ranked import LevelPlan, ranked_plan
+from .ranks import MAX_KV_BLOCKS
+from .samples import sampled_draws, sampled_positions
 from .shares import shares_launch
+from .similarity import device_thresholds, similarity_launch
+from .sources import MassSource, massed_heads, prepare_source
 from .spending import BINS, bins_launch, chunks_of, levels_launch
 from .statistics import Statistics, empty_statistics, statistics_launch
 
 MAX_KV_BLOCK_SIZE = 512  # one program of the statistics kernel holds a block
-MASSES_BYTES = 2**25  # of masses are made at a time, or a quarter of the keys' memory if that is more
 MAX_SAMPLES = {"sampled_queries": 64, "sampled_keys": 16}  # a block's samples lie in one tile
 
 
@@ -58,11 +59,12 @@ def plan_levels(
     key_lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """int8 [batch, heads, query_blocks, kv_blocks] by the ``budget`` rule. Nothing waits for the device.
+    """int8 [batch, heads, query_blocks, kv_blocks] by the config's rule. Nothing waits for the device.
 
-    Seven launches, or nine and more where the masses of all heads would take more than their share of memory. For half
-    precision, 4 levels and blocks of 64 keys the statistics take 0.11 times K and V, the masses MASSES_BYTES or an
-    eighth of K and V, the choices 13 bytes a block pair; each no longer than needed, but at a shape's first call.
+    By the ``budget`` rule seven launches, three by the others, and more where the masses of all heads would take more
+    than their share of memory. For half precision, 4 levels and blocks of 64 keys the statistics take 0.11 times K and
+    V (the samples alone 0.06), the masses MASSES_BYTES or an eighth of K and V, the choices 13 bytes a block pair; each
+    no longer than needed, but at a shape's first call.
 
     Args:
         query, key, value: [batch, seq, heads, head_dim], any strides; fp32 (slow), fp16 or bf16.
@@ -87,37 +89,68 @@ def _record_plan(
     scale: float,
 ) -> Recording:
     """Plans, and says how to plan again."""
-    target, is_padded = target_of(query.device), key_lengths is not None
+    plan = level_plan(query, key, value, config, layout, key_lengths, scale=scale, target=target_of(query.device))
+    return Recording([(launch, launch.run()) for launch in plan.launches], [plan.levels], plan.constants)
+
+
+def level_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: PSAConfig,
+    layout: Layout,
+    key_lengths: Tensor | None,
+    *,
+    scale: float,
+    target: str,
+) -> LevelPlan:
+    """The launches that make the levels of :func:`plan_levels`, and their buffers."""
+    cap, launches, constants = None, [], [layout.order, layout.full_query_blocks, layout.full_kv_blocks]
+    if config.similarity_thresholds is not None:
+        cap = key.new_empty(len(key), key.shape[2], ceil_div(key.shape[1], config.kv_block_size), dtype=torch.int8)
+        thresholds = device_thresholds(config.similarity_thresholds, key.device)
+        where = {"order": layout.order, "key_lengths": key_lengths, "kv_block_size": config.kv_block_size}
+        launches.append(similarity_launch(key, cap, thresholds, **where))
+        constants.append(thresholds)
+    # Padding may lie anywhere in the block order; without it the last block alone may be short.
+    full_blocks = 0 if key_lengths is not None else key.shape[1] // config.kv_block_size
+    known = {"scale": scale, "full_blocks": full_blocks, "target": target}
+    if config.rule == "budget":
+        plan = budget_plan(query, key, value, config, layout, key_lengths, cap, **known)
+    else:
+        plan = ranked_plan(query, key, config, layout, key_lengths, cap, **known)
+    return LevelPlan(plan.levels, launches + plan.launches, constants + plan.constants)
+
+
+def budget_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: PSAConfig,
+    layout: Layout,
+    key_lengths: Tensor | None,
+    cap: Tensor | None,
+    *,
+    scale: float,
+    full_blocks: int,
+    target: str,
+) -> LevelPlan:
+    """A plan by the ``budget`` rule. ``full_blocks``: see :func:`estimate_launches`."""
     positions, draws = sampled_positions(query, config), sampled_draws(key, config)
     statistics = empty_statistics(key, config.kv_block_size, config.num_levels, config.sampled_keys)
     where = {"order": layout.order, "key_lengths": key_lengths}
     sizes = {"kv_block_size": config.kv_block_size, "target": target}
-    launched = [statistics_launch(key, value, statistics, draws, **where, **sizes)]
-    # Padding may lie anywhere in the block order; without it the last block alone may be short.
-    full_blocks = 0 if is_padded else key.shape[1] // config.kv_block_size
+    launches = [statistics_launch(key, value, statistics, draws, **where, **sizes)]
     estimates = empty_estimates(query, config.query_block_size, statistics)
-    inputs = (query, config, layout.order, positions, statistics, estimates)
-    launched += estimate_launches(*inputs, scale=scale, full_blocks=full_blocks, target=target)
+    known = {"scale": scale, "full_blocks": full_blocks, "target": target}
+    prepared = prepare_source(query, key, config, **where, **known, keys=statistics.key_samples)
+    launches += prepared.launches
+    inputs = (query, key, config, layout.order, positions[1], statistics, estimates)
+    launches += estimate_launches(*inputs, source=prepared.source, **known)
     choices = empty_choices(estimates, config.num_levels)
     chosen = (config, layout, statistics, estimates, choices)
-    launched += choice_launches(*chosen, is_padded=is_padded, target=target)
-    constants = (*positions, draws, layout.order, layout.full_query_blocks, layout.full_kv_blocks)
-    return Recording([(launch, launch.run()) for launch in launched], [choices.levels], constants)
-
-
-def sampled_draws(key: Tensor, config: PSAConfig) -> Tensor:
-    """int16 [kv_blocks, kv_block_size], see :func:`~.samples.key_draws`."""
-    size = config.kv_block_size
-    blocks = -(-key.shape[1] // size)
-    return key_draws(config.seed, blocks, size, min(config.sampled_keys, size), key.device)
-
-
-def sampled_positions(query: Tensor, config: PSAConfig) -> tuple[Tensor, Tensor]:
-    """int32 [query_blocks, samples] each: positions of the queries sampled for the first and the second estimate."""
-    size, length = config.query_block_size, query.shape[1]
-    samples = min(config.sampled_queries, size)
-    first, second = (query_positions(config.seed, length, size, samples, turn, query.device) for turn in (0, 1))
-    return first, second
+    launches += choice_launches(*chosen, is_padded=key_lengths is not None, target=target, cap=cap)
+    return LevelPlan(choices.levels, launches, [positions[1], draws, *prepared.constants])
 
 
 def empty_estimates(query: Tensor, query_block_size: int, statistics: Statistics) -> Estimates:
@@ -145,22 +178,25 @@ def empty_choices(estimates: Estimates, num_levels: int) -> Choices:
 
 def estimate_launches(
     query: Tensor,
+    key: Tensor,
     config: PSAConfig,
     order: Tensor | None,
-    positions: tuple[Tensor, Tensor],
+    second_positions: Tensor,
     statistics: Statistics,
     estimates: Estimates,
     *,
+    source: MassSource,
     scale: float,
     full_blocks: int,
     target: str,
 ) -> Iterator[KernelLaunch]:
     """The launches that fill ``estimates``, in order; memory for the masses lives as long as this iterator.
 
-    ``positions``: see :func:`sampled_positions`. ``full_blocks``: so many kv blocks, from the first, miss no key in any
-    sample of the batch.
+    Args:
+        second_positions: of the queries sampled for the second estimate, see :func:`~.samples.sampled_positions`.
+        source: what the first estimate is made from. full_blocks: so many kv blocks, from the first, miss no key in any
+            sample of the batch.
     """
-    first_positions, second_positions = positions
     yield centroid_launch(
         query,
         second_positions,
@@ -173,17 +209,10 @@ def estimate_launches(
         full_blocks=full_blocks,
         target=target,
     )
-    cut = masses_layout(query, *first_positions.shape, statistics, scale=scale, target=target)
-    heads = query.shape[2]
-    key_bytes = heads * statistics.counts.numel() * config.kv_block_size * query.shape[3] * query.itemsize
-    step = heads_at_a_time(query, cut, max(MASSES_BYTES, key_bytes // 4))
-    masses = empty_masses(query, cut, step)
     results = (estimates.attention, estimates.output, estimates.output_power)
-    for first in range(0, heads, step):
-        some = range(first, min(heads, first + step))
-        inputs = (query, first_positions, order, statistics, masses, cut, some)
-        yield masses_launch(*inputs, scale=scale, full_blocks=full_blocks, target=target)
-        yield shares_launch(masses, cut, first_positions, statistics, *results, some, target=target)
+    for masses, some, launch in massed_heads(source, key, config):
+        yield launch
+        yield shares_launch(masses, source, statistics, *results, some, target=target)
 
 
 def choice_launches(
@@ -195,17 +224,18 @@ def choice_launches(
     *,
     is_padded: bool,
     target: str,
+    cap: Tensor | None = None,
 ) -> Iterator[KernelLaunch]:
-    """The launches that fill ``choices``, in order."""
+    """The launches that fill ``choices``, in order. ``cap``: int8 [batch, heads, kv_blocks], the coarsest levels."""
     costs = tuple(rung_costs(config.kv_block_size, config.num_levels))
     full = (layout.full_query_blocks, layout.full_kv_blocks)
     known = {"costs": costs, "is_padded": is_padded, "target": target}
-    yield prices_launch(*estimates, statistics, full, choices.prices, **known)
+    yield prices_launch(*estimates, statistics, full, cap, choices.prices, **known)
     counts = statistics.counts if is_padded else None
     spending = (choices.prices, counts, full, statistics.spent, choices.spent_by_chunk)
     settings = {"costs": costs, "compute_budget": config.compute_budget}
     yield bins_launch(*spending, **settings)
-    yield levels_launch(*spending, choices.levels, **settings)
+    yield levels_launch(*spending, choices.levels, cap=cap, **settings)
 
 
 def why_unsupported(query: Tensor, key_length: int, config: PSAConfig) -> str | None:
@@ -217,8 +247,13 @@ def why_unsupported(query: Tensor, key_length: int, config: PSAConfig) -> str | 
     for name, most in MAX_SAMPLES.items():
         if getattr(config, name) > most:
             return f"{name} must be at most {most}, but is {getattr(config, name)}"
-    blocks = -(-query.shape[1] // config.query_block_size) * -(-key_length // config.kv_block_size)
-    prices = query.shape[0] * query.shape[2] * blocks * config.num_levels
-    if prices >= 2**31:
+    query_blocks, kv_blocks = (
+        ceil_div(query.shape[1], config.query_block_size),
+        ceil_div(key_length, config.kv_block_size),
+    )
+    if config.rule != "budget" and kv_blocks > MAX_KV_BLOCKS:
+        return f"with rule={config.rule!r} there must be at most {MAX_KV_BLOCKS} kv blocks, but there are {kv_blocks}"
+    prices = query.shape[0] * query.shape[2] * query_blocks * kv_blocks * config.num_levels
+    if config.rule == "budget" and prices >= 2**31:
         return f"block pairs times num_levels must be below 2**31, but are {prices}"
     return None

@@ -126,6 +126,7 @@ def prices_kernel(
     counts,
     full_query,
     full_kv,
+    cap,
     prices,
     spent,
     heads,
@@ -175,6 +176,9 @@ def prices_kernel(
         error = (COHERENCE * covariance + lost * lost * distance) * pair_attention
         error *= weight
         error = tl.where(error != error, 0.0, tl.minimum(error, FORBIDDEN))
+        if cap is not None and rung > 0:
+            coarsest = tl.load(cap + column, mask=is_column, other=0)
+            error = tl.where((LEVELS + 1 - rung > coarsest)[None, :], FORBIDDEN, error)
         rungs += (error,)
     rungs += (tl.zeros_like(distance),)
 
@@ -215,6 +219,7 @@ def prices_launch(
     output_power: Tensor,
     statistics: Statistics,
     full: tuple[Tensor | None, Tensor | None],
+    cap: Tensor | None,
     prices: Tensor,
     *,
     costs: tuple[int, ...],
@@ -227,6 +232,7 @@ def prices_launch(
         attention: float32 [batch, heads, query_blocks, kv_blocks], attention^2.
         output, output_power, features: what the estimates left, see :mod:`.shares` and :mod:`.centroids`.
         full: bool [query_blocks] and [kv_blocks], blocks that hold a full token; None = none.
+        cap: int8 [batch, heads, kv_blocks], the coarsest levels allowed beside the centroid; None = any.
         prices: int16 [num_levels, batch, heads, query_blocks, kv_blocks]; FULL or UNCOUNTED where there is no choice.
         costs: of the rungs, see :func:`~..budget.rung_costs`.
         is_padded: some blocks may hold no real key.
@@ -245,6 +251,7 @@ def prices_launch(
         "counts": statistics.counts if is_padded else None,
         "full_query": full[0],
         "full_kv": full[1],
+        "cap": cap,
         "prices": prices,
         "spent": statistics.spent,
         "heads": heads,

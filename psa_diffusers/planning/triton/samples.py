@@ -1,4 +1,4 @@
-"""Where the sampled queries stand: tables that depend on sizes and seed alone, kept on the device."""
+"""Where the sampled queries and keys stand: tables that depend on sizes and seed alone, kept on the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config import PSAConfig
 from ...gpu.addressing import strided_pointers
+from ...gpu.sizes import ceil_div
 from ..sampling import _positions, _priorities
 
 
@@ -30,6 +32,32 @@ def query_positions(seed: int, length: int, block_size: int, samples: int, turn:
     if valid is not None:
         positions = torch.where(valid[0].T, positions, -1)
     return positions.to(torch.int32).to(device)
+
+
+def sampled_draws(key: Tensor, config: PSAConfig) -> Tensor:
+    """int16 [kv_blocks, kv_block_size] for keys [batch, seq, heads, head_dim], see :func:`key_draws`."""
+    size = config.kv_block_size
+    return key_draws(config.seed, ceil_div(key.shape[1], size), size, min(config.sampled_keys, size), key.device)
+
+
+def sampled_positions(query: Tensor, config: PSAConfig) -> tuple[Tensor, Tensor]:
+    """int32 [query_blocks, samples] each: positions of the queries sampled for the first and the second estimate."""
+    size, length = config.query_block_size, query.shape[1]
+    samples = min(config.sampled_queries, size)
+    first, second = (query_positions(config.seed, length, size, samples, turn, query.device) for turn in (0, 1))
+    return first, second
+
+
+@triton.jit
+def real_tokens(position, order, key_lengths, batch, length):
+    """Tokens at positions of the block order, and whether they are there and no padding."""
+    real = position < length
+    token = position.to(tl.int64)
+    if order is not None:
+        token = tl.load(order + position, mask=real, other=0)
+    if key_lengths is not None:
+        real = real & (token < tl.load(key_lengths + batch))
+    return token, real
 
 
 @triton.jit

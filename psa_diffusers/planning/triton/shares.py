@@ -13,16 +13,18 @@ from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
 from ...gpu.target import padded_head_dim
 from ..errors import SHRINKAGE
-from .mass_buffers import Masses, MassesLayout
+from .mass_buffers import Masses
+from .sources import MassSource
 from .statistics import Statistics
 from .tiles import precision_of, shares_tile
 
 RUN = 8  # kv blocks whose masses one thread reads at a time
+TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 SAMPLES_AT_A_TIME = 8  # whose masses are under way together: as many as registers hold for two programs a processor
 
 
 @triton.jit
-def _real_samples(
+def real_samples(
     positions,
     query_block,
     query_blocks,
@@ -53,9 +55,11 @@ def _sums(
     BLOCK_N: tl.constexpr,
     BLOCKS_N: tl.constexpr,
     RUN: tl.constexpr,
+    IS_MAX: tl.constexpr,
 ):
     """The masses of a tile of kv blocks, and their squares, summed over the samples of a query block, [BM, BN] each.
 
+    With IS_MAX the largest mass, and its square.
     Each thread has runs of RUN kv blocks and goes through the samples: nothing crosses threads. A sample that is not
     there has an infinite denominator and counts as 0.
     """
@@ -74,8 +78,13 @@ def _sums(
             denominator = tl.load(denominators + row, mask=is_block, other=float("inf"))
             factor = tl.exp2(largest - denominator[:, None])
             mass = mass.to(tl.float32) * factor[:, :, None]
-            share += mass
-            energy += mass * mass
+            if IS_MAX:
+                share = tl.maximum(share, mass)
+            else:
+                share += mass
+                energy += mass * mass
+    if IS_MAX:
+        energy = share * share
     return tl.reshape(share, (BLOCK_M, BLOCK_N)), tl.reshape(energy, (BLOCK_M, BLOCK_N))
 
 
@@ -106,6 +115,7 @@ def shares_kernel(
     BLOCK_N: tl.constexpr,
     BLOCKS_N: tl.constexpr,
     RUN: tl.constexpr,
+    IS_MAX: tl.constexpr,
     SHRINKAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -118,12 +128,15 @@ def shares_kernel(
     channel = tl.arange(0, BLOCK_D)
     query_block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_block = query_block < query_blocks
-    per_sample = 1.0 / tl.maximum(_real_samples(positions, query_block, query_blocks, QUERY_SAMPLES, PADDED), 1.0)
+    per_sample = tl.full([BLOCK_M], 1.0, tl.float32)
+    if not IS_MAX:
+        per_sample /= tl.maximum(real_samples(positions, query_block, query_blocks, QUERY_SAMPLES, PADDED), 1.0)
     pair_row = (batch * heads + head) * query_blocks + query_block
     first_row = (batch * heads_here + tl.program_id(1)) * rows_of_head + query_block * PADDED
     value_mean += (batch * heads + head) * kv_blocks * HEAD_DIM
 
     mean_output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, kv_blocks, BLOCK_N):
         share, energy = _sums(
             masses,
@@ -141,10 +154,13 @@ def shares_kernel(
             BLOCK_N,
             BLOCKS_N,
             RUN,
+            IS_MAX,
         )
         block = start + tl.arange(0, BLOCK_N)
         inside = block < kv_blocks
         share = tl.where(inside[None, :], share * per_sample[:, None], 0.0)
+        if IS_MAX:
+            total += tl.sum(share, axis=1)
         values = tl.load(
             value_mean + block[:, None] * HEAD_DIM + channel[None, :],
             mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
@@ -157,6 +173,8 @@ def shares_kernel(
         energy = energy * per_sample[:, None] * second
         tl.store(attention + pair, tl.exp2(tl.log2(energy) * (0.5 * SHRINKAGE)), mask=mask)
 
+    if IS_MAX:  # sums of shares are 1 as they are
+        mean_output /= tl.maximum(total, TINY)[:, None]
     mask = is_block[:, None] & (channel < HEAD_DIM)[None, :]
     stored = mean_output.to(output.dtype.element_ty)
     tl.store(output + pair_row[:, None] * HEAD_DIM + channel[None, :], stored, mask=mask)
@@ -166,8 +184,7 @@ def shares_kernel(
 
 def shares_launch(
     masses: Masses,
-    layout: MassesLayout,
-    positions: Tensor,
+    source: MassSource,
     statistics: Statistics,
     attention: Tensor,
     output: Tensor,
@@ -179,14 +196,14 @@ def shares_launch(
     """The launch that turns the second estimate in ``attention`` into attention^2, and fills what is beside it.
 
     Args:
-        masses: of ``heads``, see :func:`~.masses.masses_launch`.
+        masses: of ``heads``, made by ``source``.
         attention: float32 [batch, all heads, query_blocks, kv_blocks]; in and out.
         output: [batch, all heads, query_blocks, head_dim], the mean output that the shares of the blocks' means give.
         output_power: float32 [batch, all heads, query_blocks], its squared norm.
     """
     batch, all_heads, query_blocks, kv_blocks = attention.shape
     head_dim = output.shape[3]
-    tile = shares_tile(target, output.dtype)
+    tile, layout, positions = shares_tile(target, output.dtype), source.layout, source.positions
     arguments = {
         "masses": masses.mass,
         "maxima": masses.maximum,
@@ -212,7 +229,8 @@ def shares_launch(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCKS_N": layout.blocks_n,
-        "RUN": RUN,
+        "RUN": min(RUN, layout.blocks_n),
+        "IS_MAX": source.is_max,
         "SHRINKAGE": SHRINKAGE,
         "PRECISION": precision_of(target, output.dtype),
     }

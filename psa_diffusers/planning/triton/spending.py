@@ -134,6 +134,7 @@ def levels_kernel(
     full_kv,
     spent,
     spent_by_chunk,
+    cap,
     levels,
     allowance,
     heads,
@@ -178,12 +179,22 @@ def levels_kernel(
             in_last += tl.where(price == last, COSTS[step] - COSTS[step - 1], 0)
         before = tl.cumsum(in_last, axis=0) - in_last
         level = tl.full([TILE], LEVELS + 1, tl.int32)
+        if cap is not None:
+            column = pair // (query_blocks * kv_blocks) * kv_blocks + pair % kv_blocks
+            coarsest = tl.load(cap + batch * heads * kv_blocks + column, mask=pair < pairs, other=0).to(tl.int32)
+            unpaid = tl.zeros([TILE], tl.int32)
         for step in tl.static_range(1, LEVELS + 1):
             cost = COSTS[step] - COSTS[step - 1]
             is_last = found[step - 1] == last
-            before += tl.where(is_last, cost, 0)
+            is_allowed = is_last
+            if cap is not None:  # the next step that is allowed has the same price, and pays for both
+                is_allowed = LEVELS + 1 - step <= coarsest
+                cost += unpaid
+                unpaid = tl.where(is_allowed, 0, cost)
+                is_allowed &= is_last
+            before += tl.where(is_allowed, cost, 0)
             # Half a step may be overdrawn: so the plan is as close to the budget from either side as steps allow.
-            taken = (found[step - 1] > last) | (is_last & (2 * before - cost <= 2 * left))
+            taken = (found[step - 1] > last) | (is_allowed & (2 * before - cost <= 2 * left))
             level = tl.where(taken, LEVELS + 1 - step, level)
         level = tl.where(found[0] == FULL_PRICE, 1, level)
         level = tl.where(found[0] == UNCOUNTED_PRICE, 0, level)
@@ -231,10 +242,14 @@ def levels_launch(
     *,
     costs: tuple[int, ...],
     compute_budget: float,
+    cap: Tensor | None = None,
 ) -> KernelLaunch:
-    """The launch that fills ``levels`` int8 [batch, heads, query_blocks, kv_blocks]; after that of the bins."""
+    """The launch that fills ``levels`` int8 [batch, heads, query_blocks, kv_blocks]; after that of the bins.
+
+    ``cap``: int8 [batch, heads, kv_blocks], the coarsest levels allowed beside the centroid, which the prices heed too.
+    """
     arguments = _arguments(prices, counts, full, spent, spent_by_chunk, costs, compute_budget)
-    arguments |= {"levels": levels, "CHUNKS": next_power_of_2(spent_by_chunk.shape[2])}
+    arguments |= {"cap": cap, "levels": levels, "CHUNKS": next_power_of_2(spent_by_chunk.shape[2])}
     return KernelLaunch(levels_kernel, _grid(spent_by_chunk), arguments, num_warps=8)
 
 

@@ -13,6 +13,8 @@ from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div, next_power_of_2
 from ...gpu.target import INTERPRETED, padded_head_dim
+from .key_samples import KeySamples, draw_keys, store_weights
+from .samples import real_tokens
 from .spending import BIN_COUNTERS
 from .tiles import statistics_tile
 
@@ -31,17 +33,9 @@ class Statistics(NamedTuple):
     # stands for, times samples: 0 in full blocks, -inf for none
     spent: Tensor  # int64 [batch, BIN_COUNTERS]: the budget's histograms, zero
 
-
-@triton.jit
-def _real_tokens(position, order, key_lengths, batch, key_length):
-    """Tokens at positions of the block order, and whether they are real keys."""
-    real = position < key_length
-    token = position.to(tl.int64)
-    if order is not None:
-        token = tl.load(order + position, mask=real, other=0)
-    if key_lengths is not None:
-        real = real & (token < tl.load(key_lengths + batch))
-    return token, real
+    @property
+    def key_samples(self) -> KeySamples:
+        return KeySamples(self.counts, self.samples, self.sample_bias)
 
 
 @triton.jit
@@ -91,50 +85,6 @@ def _deviations(
 
 
 @triton.jit
-def _draw_samples(
-    draws,
-    order,
-    key_lengths,
-    batch,
-    block,
-    key_length,
-    KV_BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """A block's first real keys in the order in which they are drawn, [SLOTS] tokens, and how many real keys it has."""
-    position = block * KV_BLOCK + tl.load(draws + block * KV_BLOCK + tl.arange(0, KV_BLOCK)).to(tl.int32)
-    token, real = _real_tokens(position, order, key_lengths, batch, key_length)
-    slot = tl.where(real, tl.cumsum(real.to(tl.int32), axis=0) - 1, -1)
-    is_here = slot[None, :] == tl.arange(0, SLOTS)[:, None]
-    tokens = tl.sum(tl.where(is_here, token[None, :], 0), axis=1)
-    return tokens, tl.sum(real.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _store_counts(
-    counts,
-    count_bias,
-    sample_bias,
-    count,
-    batch,
-    block,
-    kv_blocks,
-    KV_BLOCK: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """What a block's real keys, and each of its samples, weigh in a softmax in units of ln 2."""
-    tl.store(counts + batch * kv_blocks + block, count)
-    weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
-    tl.store(count_bias + batch * kv_blocks + block, tl.where(count > 0, weight, float("-inf")))
-    sampled = tl.maximum(tl.minimum(count, SAMPLES), 1)
-    share = count.to(tl.float32) * SAMPLES / (sampled.to(tl.float32) * KV_BLOCK)
-    slot = tl.arange(0, SLOTS)
-    bias = tl.where(slot < count, tl.log2(share), float("-inf"))
-    tl.store(sample_bias + (batch * SAMPLES + slot) * kv_blocks + block, bias, mask=slot < SAMPLES)
-
-
-@triton.jit
 def statistics_kernel(
     key,
     value,
@@ -176,7 +126,7 @@ def statistics_kernel(
     real_keys = 0.0
     for slot in tl.static_range(GROUP):
         position = block * KV_BLOCK + tl.arange(0, KV_BLOCK // GROUP) * GROUP + slot
-        token, real = _real_tokens(position, order, key_lengths, batch, key_length)
+        token, real = real_tokens(position, order, key_lengths, batch, key_length)
         tokens += (token,)
         reals += (real,)
         slot_counts += (real.to(tl.float32),)
@@ -185,7 +135,7 @@ def statistics_kernel(
 
     row = (batch * heads + head) * kv_blocks + block
     slot = tl.arange(0, SLOTS)
-    sampled, count = _draw_samples(draws, order, key_lengths, batch, block, key_length, KV_BLOCK, SLOTS)
+    sampled, count = draw_keys(draws, order, key_lengths, batch, block, key_length, KV_BLOCK, SLOTS)
     sample_rows = ((batch * heads + head) * SAMPLES + slot) * kv_blocks + block
     value_spreads = ()
     for _ in tl.static_range(LEVELS):
@@ -216,7 +166,7 @@ def statistics_kernel(
         tl.store(value_spread + level * blocks_of_all_heads + row, value_spreads[level])
 
     if head == 0:
-        _store_counts(counts, count_bias, sample_bias, count, batch, block, kv_blocks, KV_BLOCK, SAMPLES, SLOTS)
+        store_weights(counts, count_bias, sample_bias, count, batch, block, kv_blocks, KV_BLOCK, SAMPLES, SLOTS)
         if block == 0:
             counter = tl.arange(0, COUNTERS_PADDED)
             zeros = tl.zeros([COUNTERS_PADDED], tl.int64)

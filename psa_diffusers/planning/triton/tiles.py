@@ -54,6 +54,18 @@ def masses_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 128, 8, 1 if wide else 2)
 
 
+def strided_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """Groups of queries x groups of keys; both operands come anew for each token of a group."""
+    wide = padded_head_dim(head_dim) > 128
+    if dtype == torch.float32:
+        return Tile(32, 64, 4, 1)
+    if target.startswith("gfx"):
+        return Tile(64, 64, 4, 1)
+    if has_large_shared_memory(target):
+        return Tile(128, 128, 8, 2 if wide else 3)
+    return Tile(64, 64, 4, 1 if wide else 2)
+
+
 def shares_tile(target: str, dtype: torch.dtype) -> Tile:
     """Query blocks x kv blocks whose masses are divided and averaged."""
     if dtype == torch.float32:
@@ -83,6 +95,14 @@ def prices_tile(target: str, head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(16, 32, 4, 1)
     is_tall = has_large_shared_memory(target) or target == "sm_89"
     return Tile(32, 32, 4, 1) if is_tall else Tile(16, 32, 4, 1)
+
+
+def row_warps(target: str, scores: int) -> int:
+    """Warps of a row of so many scores, 16 a thread: fewer make more steps of the row's sums. Short rows have one warp.
+
+    AMD's masks of a whole warp lie in registers of their own, and those are few.
+    """
+    return min(16, max(1, scores // (256 if target.startswith("gfx") else 512)))
 
 
 def precision_of(target: str, dtype: torch.dtype) -> str:

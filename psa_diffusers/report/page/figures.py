@@ -12,6 +12,7 @@ from ..plots import MARKERS, plot_budgets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEAST_WIDTH = 0.04  # of the axis of budgets
 PARTS = ("dense steps", "planning", "sparse attention", "rest of the sparse steps", "outside the steps")
 _PART_COLOURS = ("#8a8f98", "#d55e00", "#0072b2", "#5fa8d3", "#b9a44c")
 
@@ -41,8 +42,17 @@ def plot_fidelity(entries: Sequence[Mapping[str, Any]], measure: str, curve: Seq
         axes.annotate(name, place, xytext=(8, 5), textcoords="offset points", fontsize=9)
     axes.set(xlabel="compute budget of the sparse calls (dense = 1)", ylabel=UNITS[measure])
     axes.margins(x=0.18, y=0.15)
+    _widen(axes, LEAST_WIDTH)
     axes.grid(alpha=0.25)
     return figure
+
+
+def _widen(axes: Any, least: float) -> None:
+    """Settings at next to the same budget would lie at both ends of an axis of millionths."""
+    low, high = axes.get_xlim()
+    missing = least - (high - low)
+    if missing > 0:
+        axes.set_xlim(low - missing / 2, high + missing / 2)
 
 
 def plot_frames(curves: Mapping[str, Sequence[float | None]]) -> Figure:
