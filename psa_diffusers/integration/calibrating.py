@@ -187,7 +187,8 @@ class Calibration:
         """
         if not self.schedule:
             raise ValueError("Calibration.tuned: nothing was measured yet; run the pipeline once, with sparse steps.")
-        return replace(self.config, budget_schedule=self.schedule)
+        budget = self.config.compute_budget or float(f"{self.allocations[-1].mean_budget:.4g}")
+        return replace(self.config, compute_budget=budget, target_error=None, budget_schedule=self.schedule)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

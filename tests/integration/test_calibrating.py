@@ -193,6 +193,7 @@ def test_a_target_error_is_a_total_over_the_runs_sparse_calls(measured):
     spent = [budget for row in budgets for budget in row]
     assert allocation.mean_budget == pytest.approx(sum(spent) / 4, rel=1e-3)
     assert psa_statistics(pipe).compute_budget_sparse == pytest.approx(allocation.mean_budget, abs=0.03)
+    assert calibration.tuned.target_error is None and calibration.tuned.budget_schedule == calibration.schedule
     assert json.loads(json.dumps(calibration.to_dict()))["allocations"][0]["mean_budget"] == allocation.mean_budget
 
 
