@@ -74,14 +74,20 @@ def spend_budget(curves: Sequence[ErrorCurve], mean_budget: float) -> list[float
 
 
 def spend_to_error(curves: Sequence[ErrorCurve], error: float) -> list[float]:
-    """The budget of each call, with the least mean, so that the weighted mean of the squared errors is ``error**2``."""
+    """The budget of each call, with the least mean, so that the weighted mean of the squared errors is ``error**2``.
+
+    Or less: where a curve is not convex, the last step is taken in full.
+    """
     excess = sum(curve.weight * (curve.errors[0] - error**2) for curve in curves)
     chosen = [curve.budgets[0] for curve in curves]
     for _, number, low, high in _steps(curves):
         if excess <= 0:
             break
         gain = curves[number].weight * (low[1] - high[1])
-        chosen[number] = low[0] + min(1.0, excess / gain) * (high[0] - low[0])
+        part = min(1.0, excess / gain)
+        between = low[0] + part * (high[0] - low[0])
+        on_the_way = low[1] + part * (high[1] - low[1])
+        chosen[number] = between if error_at(curves[number], between) <= on_the_way * (1 + 1e-9) else high[0]
         excess -= gain
     return chosen
 

@@ -60,7 +60,7 @@ def probe_call(
 
     Args:
         query, key, value: [batch, seq, heads, head_dim], one sequence.
-        config: All settings but the compute budget.
+        config: All settings but the compute budget (or target error).
         budgets: At which to measure.
         build_plan: (query, key, value, config, scale=, **where) -> plan.
         attend: (query, key, value, config, plan, scale) -> output.
@@ -69,10 +69,10 @@ def probe_call(
     """
     lost, rows = [], None
     for budget in budgets:
-        chosen = replace(config, compute_budget=budget, budget_schedule=None)
+        chosen = replace(config, compute_budget=budget, target_error=None, budget_schedule=None)
         plan = build_plan(query, key, value, chosen, scale=scale, **where)
         if rows is None:
-            rows = _Rows(query, key, value, plan, scale)
+            rows = SomeRows(query, key, value, plan, scale)
         output = attend(rows.query, rows.key, rows.value, chosen, rows.of_plan(plan), scale)
         lost.append((output.double() - rows.dense).square().sum((1, 3)))
     return Probe(tuple(budgets), torch.stack(lost), rows.dense.square().sum((1, 3)))
@@ -91,7 +91,7 @@ def can_probe(full_tokens: slice | Tensor | None, key_lengths: Tensor | None) ->
     return isinstance(full_tokens, slice) and bool(full_tokens.start)
 
 
-class _Rows:
+class SomeRows:
     """Some whole blocks of queries of a call, and its keys and values in block order, so that a plan needs no order."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> None:
@@ -99,16 +99,19 @@ class _Rows:
         self.blocks = chosen_blocks(max(1, query.shape[1] // size))
         places = torch.cat([torch.arange(block * size, (block + 1) * size) for block in self.blocks])
         places = places[places < query.shape[1]].to(query.device)
-        self.query = take_tokens(query, places if plan.order is None else plan.order[places])
+        self._tokens = places if plan.order is None else plan.order[places]
+        self.query = self.take(query)
         self.key, self.value = (x if plan.order is None else take_tokens(x, plan.order) for x in (key, value))
         self.dense = self._dense(plan, scale)
 
+    def take(self, tokens: Tensor) -> Tensor:
+        """[batch, rows, heads, head_dim] of queries or outputs [batch, seq, heads, head_dim]."""
+        return take_tokens(tokens, self._tokens)
+
     def _dense(self, plan: Plan, scale: float | None) -> Tensor:
         """float64 [batch, rows, heads, head_dim]."""
-        mask = None
-        if plan.key_lengths is not None:
-            real = torch.arange(self.key.shape[1], device=self.key.device) < plan.key_lengths[:, None]
-            mask = real[:, None, None, :]
+        real = plan.real_keys()
+        mask = None if real is None else real[:, None, None, :]
         heads_first = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
         return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2).double()
 

@@ -19,9 +19,10 @@ EXAMPLE = """Measure where a model needs its compute budget, and write settings 
 Example: psa-tune --prompt "a red circle moves right on a blue background" --output outputs/tuned.yaml
 
 Each prompt is one run. In its last dense step the error of every layer is measured at a few compute budgets, on some of
-its queries; then the budgets of all sparse steps and layers are chosen that make the least of the sum, at the same
-compute budget on average. The file is for the model, size and number of steps that it names: --config of the other
-commands and PSAConfig.load read it.
+its queries; then the budgets of all sparse steps are chosen that make the least of the sum, at the same
+compute budget on average; or, with --target-error, that have this total error at the least compute, which is checked in
+one or two more runs. The file is for the model, size and number of steps that it names: --config of the other commands
+and PSAConfig.load read it.
 """
 
 
@@ -42,6 +43,17 @@ def tune(
     compute_budget: Annotated[
         float | None, _option("Mean share of dense attention's work, in (0, 1].", panel="Attention")
     ] = None,
+    target_error: Annotated[
+        float | None,
+        _option(
+            "Instead: the total error, root mean square of the sparse calls' relative errors, in (0, 1).",
+            panel="Attention",
+        ),
+    ] = None,
+    by_layer: Annotated[
+        bool,
+        _option("Spread the budget over layers too, by their relative errors.", "--by-layer", panel="Attention"),
+    ] = False,
     steps: Annotated[int | None, _option("Denoising steps.", panel="Video")] = None,
     guidance_scale: Annotated[float | None, _option("Pull towards the prompt; 1 is none.", panel="Video")] = None,
     height: Annotated[int | None, _option("Pixels.", panel="Video")] = None,
@@ -62,7 +74,7 @@ def tune(
 
     job = tuning.prepare(
         prompts=(prompt, prompts_file),
-        attention=(preset, config, compute_budget),
+        attention=(preset, config, compute_budget, target_error),
         model=model,
         video={
             "negative_prompt": negative_prompt,
@@ -77,6 +89,7 @@ def tune(
         output=output,
         overwrite=overwrite,
         command=command_line("psa-tune", context.obj),
+        by_layer=by_layer,
     )
     found = tuning.run(job, quiet=quiet)
     if as_json:

@@ -5,9 +5,11 @@ from .install import disable_psa, enable_psa, psa_calibration, psa_statistics
 from .level_masks import LevelMask, capture_level_masks
 from .processor import PSAProcessor
 from .statistics import PSAStatistics
+from .watching import ErrorWatch, watch_errors
 
 __all__ = [
     "AttentionCall",
+    "ErrorWatch",
     "LevelMask",
     "PSAProcessor",
     "PSAStatistics",
@@ -17,4 +19,5 @@ __all__ = [
     "enable_psa",
     "psa_calibration",
     "psa_statistics",
+    "watch_errors",
 ]

@@ -36,8 +36,10 @@ class RunBudgets:
             return self._config
         budget = self.budget(step, layer, expert)
         budget = self._config.compute_budget if budget is None else budget
+        if budget is None:  # a target error, for an expert of which nothing is scheduled yet
+            return self._config
         if budget not in self._made:
-            self._made[budget] = replace(self._config, compute_budget=budget, budget_schedule=None)
+            self._made[budget] = replace(self._config, compute_budget=budget, target_error=None, budget_schedule=None)
         return self._made[budget]
 
     def dense_reason(self, step: Step, layer: int, expert: str) -> str | None:

@@ -98,7 +98,7 @@ def capture_attention(
     if isinstance(pipe, nn.Module):
         raise TypeError(f"capture_attention: pipe must be a pipeline, but is a {type(pipe).__name__}.")
     models = transformers_of(pipe)
-    _refuse_compiled(pipe, models)
+    refuse_compiled(pipe, models, "capture_attention", "capture")
     chosen = {"steps": steps, "layers": layers, "branches": branches}
     recorder = _Recorder({name: None if kept is None else frozenset(kept) for name, kept in chosen.items()})
     recorder.every, recorder.device = every, device
@@ -169,11 +169,12 @@ def watch_attention(model: nn.Module, recorder: Any) -> Iterator[Any]:
             yield module.register_forward_hook(end, always_call=True)
 
 
-def _refuse_compiled(pipe: Any, models: list[nn.Module]) -> None:
+def refuse_compiled(pipe: Any, models: list[nn.Module], function: str, verb: str) -> None:
+    """Raise ValueError, in the name of the function, where calls cannot be seen."""
     wrapped = any(hasattr(part, "_orig_mod") for part in pipe.components.values())
     blocks = [part for model in models for part in model.modules()]
     if wrapped or any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
-        raise ValueError("capture_attention: the transformer is compiled; capture before it is.")
+        raise ValueError(f"{function}: the transformer is compiled; {verb} before it is.")
 
 
 def _dense_plan(query: Tensor, key: Tensor) -> Plan:

@@ -209,7 +209,7 @@ class PSAProcessor(SparseProcessor):
         if self._context_of(patch) is not None:
             raise ValueError(parallel.NO_CALIBRATION)
         self.statistics.calibration = self.calibration
-        weights = step_weights(getattr(self._pipe(), "scheduler", None), step.total)
+        weights = partial(step_weights, getattr(self._pipe(), "scheduler", None), step.total)
         return self.calibration.begin_step(step, patch, weights, self._budgets, new_run)
 
     def _context_of(self, patch: ModelPatch) -> Any | None:

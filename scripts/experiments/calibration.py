@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import _laboratory  # noqa: F401
+import torch
 import typer
 from harness import mean, pick, save_figure, write_rows
+from video_metrics import psnr_of_videos, ssim_of_videos
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.cli import pipeline, run_record
@@ -29,7 +31,7 @@ from psa_diffusers.cli.denoise import Generated, generate
 from psa_diffusers.cli.generation import resolve_settings
 from psa_diffusers.cli.settings import GenerationSettings
 from psa_diffusers.integration.calibrating import Allocation, step_weights, tune_together
-from psa_diffusers.metrics import mean_with_interval, psnr, ssim
+from psa_diffusers.metrics import mean_with_interval
 from psa_diffusers.report.figure import new_figure
 
 PROMPTS = Path(__file__).parents[1] / "demo_model" / "eval_prompts.txt"
@@ -58,12 +60,13 @@ def tuned_config(pipe: Any, config: PSAConfig, found: list[list[Allocation]], to
     return replace(config, budget_schedule=tune_together(found, weights, config.compute_budget, total).schedule)
 
 
-def row_of(facts: dict[str, Any], dense: Generated, run: Generated) -> dict[str, Any]:
+def row_of(facts: dict[str, Any], dense: Generated, run: Generated, device: str) -> dict[str, Any]:
+    videos = [torch.from_numpy(made.frames)[None].to(device) for made in (dense, run)]
     return {
         **facts,
         "compute_budget": round(run.statistics.compute_budget_sparse, 5),
-        "psnr": round(psnr(dense.frames, run.frames), 4),
-        "ssim": round(ssim(dense.frames, run.frames), 6),
+        "psnr": round(psnr_of_videos(*videos)[0], 4),
+        "ssim": round(ssim_of_videos(*videos)[0], 6),
         "seconds": round(run.total_seconds, 3),
         "seconds_measuring": round(run.statistics.calibration_seconds, 3),
     }
@@ -137,7 +140,7 @@ def main(
             own = replace(settings, config=config)
             run = generate(pipe, prompt, own, sparse=True, quiet=True, calibrate=setting == IN_RUN)
             facts = {"part": part, "prompt": prompt, "budget": b, "setting": setting}
-            rows.append(row_of(facts, dense, run))
+            rows.append(row_of(facts, dense, run, settings.device))
         last = ", ".join(f"{row['setting']}: {row['psnr']:.2f}" for row in rows[-len(configs) :])
         print(f"{number} of {len(prompts)} ({part}): {last}", file=sys.stderr, flush=True)
         write_rows(output / "calibration.csv", rows)

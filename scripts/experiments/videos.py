@@ -1,4 +1,4 @@
-"""Experiments 1 and 9 on whole videos: every policy at equal compute, share of dense steps, budgets over steps.
+"""Experiments 1 and 9 on whole videos: every policy at equal compute, dense steps, budgets over steps, kept plans.
 
     python scripts/experiments/videos.py --device cuda --dtype float16 --output benchmarks/experiments
     python scripts/experiments/videos.py --draw --output benchmarks/experiments    (tables and plots of what is there)
@@ -6,8 +6,8 @@
 The bundled model makes each clip from the same noise: dense by the pipeline's own attention, and with its sparse steps
 computed by a policy. A clip is compared with its dense one. Prompts are held out of the model's training; policies are
 tuned on four of them ("tuning") and reported on others. Writes videos_tuning.csv and .json, videos.csv,
-video_steps.csv (a row a clip, as they are made: a stopped run goes on), their summaries and plots, and videos.json
-(settings, versions, machine). ``seconds`` in the CSV files are of a step of the whole batch.
+video_steps.csv, video_reuse.csv (a row a clip, as they are made: a stopped run goes on), their summaries and plots, and
+videos.json (settings, versions, machine). ``seconds`` in the CSV files are of a step of the whole batch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,26 @@ from pathlib import Path
 
 import _laboratory  # noqa: F401
 from harness import BUDGETS, RESULTS, read_rows
-from video_experiments import POLICIES, STEPS, TUNING, chosen_variants, policy_settings, step_settings, tuning_settings
+from video_experiments import (
+    POLICIES,
+    REUSE,
+    STEPS,
+    TUNING,
+    chosen_variants,
+    policy_settings,
+    reuse_settings,
+    step_settings,
+    tuning_settings,
+)
 from video_model import VideoModel
-from video_report import best_variants, draw_policies, draw_steps, report
+from video_report import best_variants, draw_policies, draw_reuse, draw_steps, report
 from video_runs import Runs, say
 
 from psa_diffusers.cli.run_record import device_name, digest, versions, write_json
 
 BEGIN = time.monotonic()
 PROMPTS = Path(__file__).parents[1] / "demo_model" / "eval_prompts.txt"
-FILES = {TUNING: "videos_tuning", POLICIES: "videos", STEPS: "video_steps"}
+FILES = {TUNING: "videos_tuning", POLICIES: "videos", STEPS: "video_steps", REUSE: "video_reuse"}
 # The laboratory's captures for tuning are of the first prompt of the file.
 TUNING_LINES = (0, 97, 98, 99)
 
@@ -43,7 +53,7 @@ def read_prompts(path: Path, seed: int, count: int) -> dict[str, list[tuple[str,
     if count > len(unseen):
         raise SystemExit(f"--prompts must be at most {len(unseen)}, but is {count}.")
     report_on = unseen[:count]
-    return {TUNING: [numbered[number] for number in TUNING_LINES], POLICIES: report_on, STEPS: report_on}
+    return {TUNING: [numbered[number] for number in TUNING_LINES]} | dict.fromkeys((POLICIES, STEPS, REUSE), report_on)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -109,7 +119,7 @@ def settings_of(experiment: str, steps: int, options: argparse.Namespace) -> lis
     elif experiment == POLICIES:
         settings = policy_settings(steps, options.budgets, chosen_variants(options.output / "videos_tuning.json"))
     else:
-        settings = step_settings(steps)
+        settings = step_settings(steps) if experiment == STEPS else reuse_settings(steps)
     wanted = options.policies or [""]
     return [setting for setting in settings if any(part in setting.name for part in wanted)]
 
@@ -126,7 +136,7 @@ def note_facts(model: VideoModel, options: argparse.Namespace) -> str:
 
 def tables(folder: Path) -> None:
     """Summaries and plots of what is in the CSV files."""
-    for experiment, draw in ((POLICIES, draw_policies), (STEPS, draw_steps)):
+    for experiment, draw in ((POLICIES, draw_policies), (STEPS, draw_steps), (REUSE, draw_reuse)):
         file = folder / f"{FILES[experiment]}.csv"
         if file.is_file():
             try:

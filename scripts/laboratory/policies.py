@@ -14,17 +14,17 @@ DEFAULT, OURS = "budget rule (ours, default)", "budget rule (ours, tuned)"
 PUBLISHED = (*PRESETS, "PSA threshold")  # as published, nothing tuned
 
 BINARY = (1.0, 0.0, 0.0, 0.0)
-# The budget rule's settings that are compared by themselves.
+# The budget rule's settings that are compared by themselves. Rows "variance of each query" in CSV files are of a former
+# definition of the logit correction.
 SMALL_BLOCKS = {"query_block_size": 64, "sampled_queries": 8}
+PLAIN, BEST = "ours, no logit correction", "ours, fitted, 64 queries"
 OUR_CONFIGS = {
     "ours, default": PSAConfig(),
     "ours, fitted": PSAConfig(value_correction="fitted"),
-    "ours, fitted, 64 queries": PSAConfig(value_correction="fitted", **SMALL_BLOCKS),
     "ours, 64 queries": PSAConfig(**SMALL_BLOCKS),
-    "ours, logits not corrected": PSAConfig(logit_correction="none"),
-    "ours, fitted, 64 queries, logits not corrected": PSAConfig(
-        value_correction="fitted", logit_correction="none", **SMALL_BLOCKS
-    ),
+    BEST: PSAConfig(value_correction="fitted", **SMALL_BLOCKS),
+    PLAIN: PSAConfig(logit_correction="none"),
+    f"{BEST}, no logit correction": PSAConfig(value_correction="fitted", logit_correction="none", **SMALL_BLOCKS),
 }
 ESTIMATES = {
     "sampled max": PAPER,

@@ -1,4 +1,4 @@
-"""The settings of the experiments on videos: every policy at equal budgets; dense steps, and budgets over steps."""
+"""The settings of the experiments on videos: policies at equal budgets; dense steps; budgets over steps; kept plans."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from policies import DEFAULT, OUR_CONFIGS, OURS, families, published
+from policies import BEST, DEFAULT, OUR_CONFIGS, OURS, PLAIN, families, published
 from video_settings import LEAST, SCHEDULES, Setting
 
 from psa_diffusers import PSAConfig
 from psa_diffusers.integration.schedule import dense_steps
 
-TUNING, POLICIES, STEPS = "tuning", "policies", "steps"
+TUNING, POLICIES, STEPS, REUSE = "tuning", "policies", "steps", "reuse"
 TUNING_BUDGET = 0.15
 WARMUP = PSAConfig().dense_warmup
 FIRST_SHARES, LAST_STEPS = (0.0, 0.1, 0.25, 0.4), (0, 1, 2)
-STEPS_POLICY = "ours, default"
+STEPS_POLICY = PLAIN
+REUSED = (STEPS_POLICY, BEST)
+KEPT_STEPS = (1, 2, 3, 4, 6, 12)
 CONTROL = "every block in full"  # the same kernel without an approximation: rounding alone
 
 
@@ -81,6 +83,27 @@ def step_settings(steps: int) -> list[Setting]:
         setting for setting in settings if setting is not None and setting.dense_first + setting.dense_last < steps
     ]
     return list(dict.fromkeys(possible))
+
+
+def reuse_settings(steps: int) -> list[Setting]:
+    """Plans made anew in each sparse step, and kept for several: in the longest case one for all of them."""
+    first = dense_steps(WARMUP, steps)
+    return [
+        Setting(
+            *(name, OUR_CONFIGS[name], OUR_CONFIGS[name].compute_budget, first),
+            experiment=REUSE,
+            variant=kept_variant(kept),
+            refresh_every=kept,
+        )
+        for name in REUSED
+        for kept in KEPT_STEPS
+        if kept <= steps - first
+    ]
+
+
+def kept_variant(steps: int) -> str:
+    """What tables call it; the usual one has no name."""
+    return f"plans kept {steps} steps" if steps > 1 else ""
 
 
 def at_total(whole: Setting, first: int, last: int, steps: int) -> Setting | None:

@@ -77,9 +77,9 @@ class VideoModel:
 
     def sparse(self, prompts: Sequence[str], seeds: Sequence[int], setting: Setting) -> Clips:
         """Raises RuntimeError where calls ran dense for another reason than the setting's."""
-        planner = Planner(setting.choose, setting.budgets(self.noise_levels()))
+        planner = Planner(setting.choose, setting.budgets(self.noise_levels()), setting.layers)
         shares = {"dense_warmup": setting.dense_first / self.steps, "dense_last": setting.dense_last / self.steps}
-        enable_psa(self.pipe, PSAConfig(**shares))
+        enable_psa(self.pipe, PSAConfig(**shares, refresh_every=setting.refresh_every))
         try:
             with planner.installed():
                 frames, seconds = self._run(prompts, seeds, planner)

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from harness import mean, pick, read_rows, save_figure, write_rows
-from policies import OUR_CONFIGS, PUBLISHED
-from video_experiments import CONTROL, STEPS_POLICY
+from policies import OUR_CONFIGS, PLAIN, PUBLISHED
+from video_experiments import CONTROL, KEPT_STEPS, REUSE, STEPS_POLICY, kept_variant
 
 from psa_diffusers.integration.schedule import dense_steps
 from psa_diffusers.metrics.intervals import mean_with_interval
 
 SETTING = ("run", "policy", "variant", "budget", "schedule", "dense_first", "dense_last")
-REFERENCES = {"default": "ours, default", "fitted": "ours, fitted"}
+REFERENCES = {"default": "ours, default", "plain": PLAIN, "best": "ours, fitted, 64 queries, variance of each query"}
+OURS = "ours, "
 Row = dict[str, Any]
+# Of the policies that are not ours, apart from matplotlib's usual colours, which ours have.
+DARK = ["#000000", "#7a0177", "#005a32", "#8c2d04", "#08306b", "#525252", "#99000d", "#006d6d", "#6a51a3", "#b15928"]
 
 
 def best_variants(rows: Sequence[Row]) -> dict[str, str]:
@@ -42,10 +45,12 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     """A row a setting: means over clips with 95 % intervals, and what the references are ahead by, clip by clip.
 
     A reference is compared at its own setting's budget and steps; in the experiment on steps, where there is one policy
-    alone, it is the usual setting (default budget, dense warm-up and schedule).
+    alone, it is the usual setting (default budget, dense warm-up and schedule); in that on kept plans, the same policy
+    with plans made anew ("fresh").
     """
     groups, table = groups_of(rows), []
     one_policy = {row["policy"] for row in rows} == {STEPS_POLICY}
+    reuse = {row["experiment"] for row in rows} == {REUSE}
     for key, group in groups.items():
         facts = dict(zip(SETTING, key, strict=True))
         line = {**facts, "steps": int(group[0]["steps"]), "clips": len(group)}
@@ -58,7 +63,11 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
         for name in ("sparse_step_seconds", "dense_step_seconds"):
             line[name] = sorted(row[name] for row in group)[len(group) // 2]
         twins = {label: groups.get((key[0], policy, "", *key[3:])) for label, policy in REFERENCES.items()}
-        for label, twin in ({"usual": usual(groups, key[0])} if one_policy else twins).items():
+        if reuse:
+            twins = {"fresh": groups.get((*key[:2], "", *key[3:]))}
+        elif one_policy:
+            twins = {"usual": usual(groups, key[0])}
+        for label, twin in twins.items():
             line |= paired(f"{label}_ahead", twin or [], group)
         table.append(line)
     return table
@@ -108,7 +117,7 @@ def _bars(rows: list[Row]) -> Any:
     figure = new_figure(8.6, 0.27 * len(rows) + 1.1)
     axes = figure.subplots()
     names = [f"{row['policy']}{', ' * bool(row['variant'])}{row['variant']}" for row in rows]
-    colours = ["#d95f02" if row["policy"] in OUR_CONFIGS else "#2c7fb8" for row in rows]
+    colours = ["#d95f02" if row["policy"].startswith(OURS) else "#2c7fb8" for row in rows]
     whiskers = {"xerr": _whiskers(rows), "error_kw": {"elinewidth": 0.9, "capsize": 2}}
     axes.barh(names, [row["psnr"] for row in rows], color=colours, **whiskers)
     axes.set(
@@ -138,13 +147,15 @@ def _curves(table: list[Row]) -> Any:
         budgets = sorted({row["budget"] for row in published})
         best = [max(pick(published, budget=budget), key=lambda row: row["psnr"]) for budget in budgets]
         lines["best published PSA setting"] = best
+    others = [name for name in lines if not name.startswith(OURS)]
     for number, (name, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=lambda row: row["achieved"])
-        style = {"linewidth": 2.4} if name in OUR_CONFIGS else {"linewidth": 1.1, "linestyle": "--"}
+        style = {"linewidth": 2.4}
+        if name in others:
+            style = {"linewidth": 1.1, "linestyle": "--", "color": DARK[others.index(name) % len(DARK)]}
         points = [row["achieved"] for row in rows], [row["psnr"] for row in rows]
-        axes.errorbar(
-            *points, yerr=_whiskers(rows), marker="osD^vPX*<>hp"[number % 12], markersize=4, label=name, **style
-        )
+        marker = "osD^vPX*<>hp"[number % 12]
+        axes.errorbar(*points, yerr=_whiskers(rows), marker=marker, markersize=4, label=name, **style)
     axes.set(xlabel="compute budget of the sparse steps (dense = 1)", ylabel="PSNR against dense, dB")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
@@ -161,6 +172,23 @@ def draw_steps(table: list[Row]) -> Any:
     _draw_schedules(right, table)
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), handlelength=4)
+    return figure
+
+
+def draw_reuse(table: list[Row]) -> Any:
+    """PSNR by the number of steps that plans are kept, a line a policy."""
+    from psa_diffusers.report.figure import new_figure
+
+    figure = new_figure(6.4, 4)
+    axes = figure.subplots()
+    kept = {kept_variant(steps): steps for steps in KEPT_STEPS}
+    for policy in dict.fromkeys(row["policy"] for row in table):
+        rows = sorted(pick(table, policy=policy), key=lambda row: kept[row["variant"]])
+        points = [kept[row["variant"]] for row in rows], [row["psnr"] for row in rows]
+        axes.errorbar(*points, yerr=_whiskers(rows), marker="o", capsize=2, label=policy)
+    axes.set(xlabel="steps for which a plan is kept", ylabel="PSNR against dense, dB")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

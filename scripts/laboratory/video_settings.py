@@ -40,6 +40,8 @@ class Setting:
         dense_first, dense_last: Whole steps that stay dense.
         schedule: Of the budget over the sparse steps, a key of ``SCHEDULES``.
         experiment, variant: For tables: what the run belongs to, and the tuned variant of a policy.
+        refresh_every: Steps for which a config's plans are kept.
+        layers: Factors on a config's budget, one a transformer block; None = all alike.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Setting:
     schedule: str = "constant"
     experiment: str = ""
     variant: str = ""
+    refresh_every: int = 1
+    layers: tuple[float, ...] | None = None
 
     def total(self, steps: int) -> float:
         """The compute budget over all steps."""
@@ -77,8 +81,10 @@ def scaled_to_mean(weights: Tensor, mean: float) -> Tensor:
 class Planner:
     """Stands in for the plugin's planning and attention while a video is made, and notes what its calls cost."""
 
-    def __init__(self, choose: Policy | PSAConfig, budgets: Sequence[float]) -> None:
-        self.choose, self.budgets = choose, budgets
+    def __init__(
+        self, choose: Policy | PSAConfig, budgets: Sequence[float], layers: Sequence[float] | None = None
+    ) -> None:
+        self.choose, self.budgets, self.layers = choose, budgets, layers
         self.step = 0  # set by who runs the pipeline
         self.costs: list[Tensor] = []  # float64 [batch] of every call
         self.estimator = 0.0  # share of dense attention's FLOPs, the newest call's
@@ -90,7 +96,8 @@ class Planner:
         """Where a config is run: with this step's budget."""
         if self.choose.rule != "budget":
             return self.choose
-        return replace(self.choose, compute_budget=self.budgets[self.step])
+        factor = 1.0 if self.layers is None else self.layers[len(self.costs) % len(self.layers)]
+        return replace(self.choose, compute_budget=min(max(self.budgets[self.step] * factor, LEAST), 1.0))
 
     @contextmanager
     def installed(self) -> Iterator[Planner]:

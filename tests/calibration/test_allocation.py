@@ -89,13 +89,19 @@ def test_a_wanted_error_is_met_and_nothing_is_spent_beyond_it(error):
         assert spend_budget(calls, sum(chosen) / 3) == pytest.approx(chosen)
 
 
+def test_a_wanted_error_is_met_where_a_curve_is_not_convex():
+    calls = [ErrorCurve((0.1, 0.2, 0.4), (0.100, 0.099, 0.001)), power_law(1e-3)]
+    for error in (0.25, 0.2, 0.15, 0.1, 0.05):
+        assert predicted_error(calls, spend_to_error(calls, error)) <= error * (1 + 1e-9)
+
+
 def test_the_mean_of_curves_is_that_of_squared_errors():
     assert mean_curve([power_law(1e-3), power_law(3e-3)]).errors == pytest.approx(power_law(2e-3).errors)
 
 
 def test_a_schedule_has_a_point_a_step_and_layers_without_measurement_get_the_mean():
     stretch = Stretch("transformer", (2, 3), 3, {0: power_law(1e-3), 2: power_law(4e-3)})
-    tuned = tune([stretch], [1.0, 1.0, 1.0, 9.0], 0.15, 4)
+    tuned = tune([stretch], [1.0, 1.0, 1.0, 9.0], 0.15, 4, by_layer=True)
     assert [(point.at, point.expert) for point in tuned.schedule] == [(0.5, "transformer"), (0.75, "transformer")]
     early, late = (point.budget for point in tuned.schedule)
     assert early[1] == late[1] == 0.15 and early[0] < early[2] < late[2] and early[0] < late[0]
@@ -103,3 +109,30 @@ def test_a_schedule_has_a_point_a_step_and_layers_without_measurement_get_the_me
     assert sum(measured) / 4 == pytest.approx(0.15, rel=0.05) and sum(measured) / 4 <= 0.15 + 1e-4
     assert tuned.predicted_error < tuned.uniform_error
     assert tuned.uniform_error == pytest.approx(math.sqrt(0.5 * (1e-3 + 4e-3) * 0.15**-1.2), rel=5e-3)
+
+
+def test_layers_share_the_budget_of_their_step_unless_told_otherwise():
+    stretch = Stretch("transformer", (2, 3), 3, {0: power_law(1e-3), 2: power_law(4e-3)})
+    weights = [1.0, 1.0, 1.0, 9.0]
+    tuned = tune([stretch], weights, 0.15, 4)
+    early, late = (point.budget for point in tuned.schedule)
+    assert early[0] == early[2] < late[0] == late[2] and early[1] == late[1] == 0.15
+    assert early[0] + late[0] == pytest.approx(0.3, rel=0.01) and tuned.mean_budget == pytest.approx(0.15, rel=0.01)
+    assert tuned.predicted_error < tuned.uniform_error == pytest.approx(math.sqrt(2.5e-3 * 0.15**-1.2), rel=5e-3)
+    by_layer = tune([stretch], weights, 0.15, 4, by_layer=True)
+    assert by_layer.predicted_error < tuned.predicted_error
+    even = [point.budget[0] for point in tune([stretch], [1.0] * 4, 0.15, 4).schedule]
+    assert max(even) / min(even) <= 2 ** (1 / 8) + 1e-3 and sum(even) / 2 == pytest.approx(0.15, rel=0.01)
+
+
+def test_a_schedule_of_a_wanted_error_spends_no_more_than_it_needs():
+    stretch = Stretch("transformer", (2, 3), 3, {0: power_law(1e-3), 2: power_law(4e-3)})
+    weights = [1.0, 1.0, 1.0, 9.0]
+    tuned = tune([stretch], weights, None, 4, target_error=0.1, by_layer=True)
+    assert tuned.predicted_error == pytest.approx(0.1, rel=1e-6) and tuned.uniform_error > 0.1
+    assert tuned.places == (("transformer", 2, 0), ("transformer", 2, 2), ("transformer", 3, 0), ("transformer", 3, 2))
+    budgets = [point.budget[layer] for point in tuned.schedule for layer in (0, 2)]
+    assert sum(budgets) / 4 == pytest.approx(tuned.mean_budget, rel=1e-3)
+    assert all(point.budget[1] == pytest.approx(tuned.mean_budget, rel=1e-3) for point in tuned.schedule)
+    same = tune([stretch], weights, tuned.mean_budget, 4, by_layer=True)
+    assert same.predicted_error == pytest.approx(0.1, rel=1e-3)

@@ -107,6 +107,40 @@ def test_words_and_json_say_the_same(psa_tune, tmp_path):
     assert "with one budget for all" in out
 
 
+def test_a_target_error_is_checked_in_a_run_of_its_own(psa_tune, tmp_path):
+    code, out, err = psa_tune(*PROMPT, "--target-error", "0.08")
+    values = yaml.safe_load((tmp_path / "tuned.yaml").read_text())
+    facts, config = values["calibrated"], PSAConfig.load(tmp_path / "tuned.yaml")
+    assert code == 0 and facts["target_error"] == 0.08 and "check 1 of 1" in err
+    assert facts["measured_error"] == pytest.approx(0.08, rel=0.15)
+    assert f"the total error was {facts['measured_error']:.4f}; wanted was 0.08" in out and "total error 0.08" in out
+    assert config.target_error is None
+    budgets = [budget for point in config.budget_schedule for budget in point.budget]
+    assert sum(budgets) / len(budgets) == pytest.approx(config.compute_budget, rel=1e-3)
+
+
+def test_layers_have_budgets_of_their_own_only_on_request(psa_tune, tmp_path):
+    for options, alike in ((), True), (("--by-layer",), False):
+        assert psa_tune(*PROMPT, "--compute-budget", "0.6", "--overwrite", "--quiet", *options)[0] == 0
+        schedule = PSAConfig.load(tmp_path / "tuned.yaml").budget_schedule
+        assert all(len(set(point.budget)) == 1 for point in schedule) == alike
+
+
+@pytest.mark.parametrize(("runs", "kept"), [([0.1, 0.052], 0.052), ([0.1, 0.3], 0.1), ([0.051], 0.051)])
+def test_what_is_wanted_is_corrected_once_by_what_the_run_erred(psa_tune, tmp_path, monkeypatch, runs, kept):
+    """And only where that is off, and the correction is nearer."""
+    from psa_diffusers.cli import tuning
+    from psa_diffusers.integration import calibrating
+
+    found, wanted, together = iter(runs), [], calibrating.tune_together
+    monkeypatch.setattr(tuning, "_measure_total", lambda *given, **more: next(found))
+    monkeypatch.setattr(calibrating, "tune_together", lambda *given: wanted.append(given[4]) or together(*given))
+    assert psa_tune(*PROMPT, "--target-error", "0.05", "--quiet")[0] == 0
+    assert wanted == ([0.05, pytest.approx(0.025)] if len(runs) > 1 else [0.05])
+    facts = yaml.safe_load((tmp_path / "tuned.yaml").read_text())["calibrated"]
+    assert facts["measured_error"] == kept
+
+
 def test_an_existing_file_stays_unless_overwrite(psa_tune, tmp_path):
     file = tmp_path / "tuned.yaml"
     file.write_text("mine")
@@ -120,9 +154,11 @@ def test_an_existing_file_stays_unless_overwrite(psa_tune, tmp_path):
     [
         (
             ("--preset", "psa-3"),
-            "psa-tune spends a mean compute_budget by rule: budget, but the settings have rule: topk",
+            "psa-tune sets the budgets of rule: budget itself, but the settings have rule: topk",
         ),
         (("--compute-budget", "2"), "--compute-budget must be in (0, 1]"),
+        (("--compute-budget", "0.3", "--target-error", "0.1"), "give --compute-budget or --target-error, not both"),
+        (("--target-error", "1.5"), "target_error must be a relative error in (0, 1)"),
         (("--steps", "0"), "--steps must be at least 1"),
         (("--prompts-file", "none.txt"), "give either --prompt"),
     ],

@@ -51,6 +51,10 @@ def calibrated(kind="t2v", scheduler="euler", **settings):
     return enable_psa(pipeline(kind, scheduler), tiny_config(**settings), calibrate=True)
 
 
+def total_error_config(error, **settings):
+    return tiny_config(**{"compute_budget": None, "target_error": error, "dense_warmup": 0.5, **settings})
+
+
 def test_the_last_dense_step_is_measured_and_the_sparse_ones_get_its_budgets(measured):
     pipe = calibrated(dense_warmup=0.5)
     generate(pipe, steps=4)
@@ -60,8 +64,7 @@ def test_the_last_dense_step_is_measured_and_the_sparse_ones_get_its_budgets(mea
     assert (allocation.measured_in, allocation.stretch.steps) == (1, (2, 3))
     assert [point.at for point in calibration.schedule] == [0.5, 0.75]
     for point in calibration.schedule:
-        assert len(point.budget) == LAYERS and point.budget[0] <= point.budget[1]
-    assert calibration.schedule[0].budget[0] < calibration.schedule[0].budget[1]
+        assert len(point.budget) == LAYERS and len(set(point.budget)) == 1
     budgets = [budget for point in calibration.schedule for budget in point.budget]
     assert sum(budgets) / len(budgets) == pytest.approx(0.5, rel=1e-3)
 
@@ -173,6 +176,47 @@ def test_compiled_blocks_are_measured_in_the_first_sparse_step(measured):
     assert psa_calibration(pipe).allocations[0].stretch.steps == (3,)
 
 
+def test_a_target_error_is_a_total_over_the_runs_sparse_calls(measured):
+    pipe = enable_psa(pipeline("t2v", "euler"), total_error_config(0.1), calibrate=True)
+    generate(pipe, steps=4, guidance_scale=1.0)
+    calibration = psa_calibration(pipe)
+    (allocation,) = calibration.allocations
+    assert allocation.predicted_error == pytest.approx(0.1) and allocation.uniform_error > 0.1
+    budgets = [point.budget for point in calibration.schedule]
+    assert all(row[0] == row[1] for row in budgets)
+    # By the errors that the fixture gives: weights of the two steps, and 1e-3 or 4e-3 times budget ** -1.2.
+    weights = step_weights(pipe.scheduler, 4)[2:]
+    errors = [
+        w * 4.0**layer * 1e-3 * row[layer] ** -1.2 for w, row in zip(weights, budgets, strict=True) for layer in (0, 1)
+    ]
+    assert (sum(errors) / (2 * sum(weights))) ** 0.5 == pytest.approx(0.1, rel=0.01)
+    spent = [budget for row in budgets for budget in row]
+    assert allocation.mean_budget == pytest.approx(sum(spent) / 4, rel=1e-3)
+    assert psa_statistics(pipe).compute_budget_sparse == pytest.approx(allocation.mean_budget, abs=0.03)
+    assert calibration.tuned.target_error is None and calibration.tuned.budget_schedule == calibration.schedule
+    assert json.loads(json.dumps(calibration.to_dict()))["allocations"][0]["mean_budget"] == allocation.mean_budget
+
+
+def test_a_smaller_target_error_costs_more(measured):
+    spent = []
+    for wanted in (0.08, 0.04, 0.02):
+        pipe = enable_psa(pipeline("t2v", "euler"), total_error_config(wanted), calibrate=True)
+        generate(pipe, steps=4, guidance_scale=1.0)
+        spent.append(psa_calibration(pipe).allocations[0].mean_budget)
+    assert spent == sorted(spent) and spent[0] < spent[2]
+
+
+def test_with_a_target_error_each_expert_meets_it(measured):
+    pipe = enable_psa(pipeline("experts"), total_error_config(0.05, dense_warmup=0.25), calibrate=True)
+    generate(pipe, steps=8, guidance_scale=1.0)
+    assert [allocation.stretch.expert for allocation in psa_calibration(pipe).allocations] == [
+        "transformer",
+        "transformer_2",
+    ]
+    for allocation in psa_calibration(pipe).allocations:
+        assert allocation.predicted_error == pytest.approx(0.05)
+
+
 def test_other_rules_and_schedules_are_refused():
     with pytest.raises(ValueError, match=r"sets the budgets of rule='budget' itself, but the config has rule='topk'"):
         PSAProcessor(pipeline(), PSAConfig(rule="topk"), calibrate=True)
@@ -211,6 +255,19 @@ def test_steps_weigh_as_much_as_they_move_the_video():
     assert max(weights) / min(weights) == pytest.approx((max(shares) * 8 / 0.6) ** 2, rel=1e-5)
 
 
+def test_the_schedulers_sigmas_tell_on_any_device():
+    """A scheduler may keep them where the model is."""
+
+    class OnDevice(torch.Tensor):
+        device = torch.device("cuda")
+
+    class Scheduler:
+        sigmas = torch.tensor([1.0, 0.9, 0.0]).as_subclass(OnDevice)
+
+    first, last = step_weights(Scheduler(), 2, least=0.1)
+    assert last / first == pytest.approx(81, rel=1e-4)
+
+
 @pytest.mark.parametrize("sigmas", [None, torch.tensor([14.6, 3.0, 0.0]), torch.tensor([0.0, 0.5, 1.0]), torch.ones(2)])
 def test_where_the_scheduler_does_not_tell_all_steps_weigh_the_same(sigmas):
     class Scheduler:
@@ -223,7 +280,7 @@ def test_where_the_scheduler_does_not_tell_all_steps_weigh_the_same(sigmas):
 def test_several_runs_and_experts_make_one_schedule():
     def allocation(expert, measured_in, steps, level):
         curve = ErrorCurve((0.1, 0.2, 0.4), tuple(level * b**-1.2 for b in (0.1, 0.2, 0.4)))
-        return Allocation(measured_in, Stretch(expert, steps, 1, {0: curve}), 0.0, 0.0)
+        return Allocation(measured_in, Stretch(expert, steps, 1, {0: curve}), 0.2, 0.0, 0.0)
 
     runs = [[allocation("a", 1, (2, 3, 4, 5), level), allocation("b", 4, (5,), 3 * level)] for level in (1e-3, 3e-3)]
     tuned = tune_together(runs, [1.0] * 6, 0.2, 6)

@@ -19,9 +19,18 @@ import block_policies
 import policies
 import video_metrics
 from cases import Case
-from video_experiments import CONTROL, policy_settings, step_settings, tuning_settings, variants
+from policies import PLAIN
+from video_experiments import (
+    CONTROL,
+    KEPT_STEPS,
+    policy_settings,
+    reuse_settings,
+    step_settings,
+    tuning_settings,
+    variants,
+)
 from video_model import VideoModel
-from video_report import draw_policies, draw_steps, paired, summarise
+from video_report import draw_policies, draw_reuse, draw_steps, paired, summarise
 from video_runs import Runs
 from video_settings import LEAST, SCHEDULES, Planner, Setting
 
@@ -144,6 +153,33 @@ def test_budgets_follow_the_steps_and_the_plugin_is_left_as_it_was(model):
     assert not any("PSA" in type(p).__name__ for p in model.pipe.transformer.attn_processors.values())
 
 
+@pytest.mark.parametrize(("kept", "plans"), [(1, 20), (2, 10)])  # 2 steps x 5 layers, two branches of guidance
+def test_plans_are_kept_for_as_many_steps_as_the_setting_says(model, monkeypatch, kept, plans):
+    made, planned = [], Planner.build_plan
+    monkeypatch.setattr(Planner, "build_plan", lambda *given, **more: made.append(kept) or planned(*given, **more))
+    clips = model.sparse(*zip(*PROMPTS[:1], strict=True), Setting("ours", PSAConfig(), 0.3, 0, refresh_every=kept))
+    assert len(made) == plans and clips.costs[0] == pytest.approx(0.3, abs=0.02)
+
+
+def test_layers_may_have_budgets_of_their_own():
+    planner, asked = Planner(PSAConfig(), [0.2, 0.1], layers=(0.5, 1.5)), []
+    for call in range(6):
+        planner.step = call // 4
+        asked.append(planner.config.compute_budget)
+        planner.costs.append(torch.zeros(1))
+    assert asked == pytest.approx([0.1, 0.3, 0.1, 0.3, 0.05, 0.15])
+
+
+def test_kept_plans_are_compared_with_fresh_ones():
+    settings = reuse_settings(16)
+    assert {s.refresh_every for s in settings} == set(KEPT_STEPS) and len({s.name for s in settings}) == 2
+    table = summarise(
+        [{**row, "variant": s.variant} for s in settings for row in rows(s.name, [40 - s.refresh_every] * 3, s)]
+    )
+    assert [row["fresh_ahead_db"] for row in table] == [kept - 1 for kept in KEPT_STEPS] * 2
+    assert len(draw_reuse(table).axes[0].containers) == 2
+
+
 def test_policies_refuse_text_tokens():
     tensors = [torch.zeros(1, 128, 1, 16)] * 3
     planner = Planner(policies.published()["PSA-3"], [0.2])
@@ -180,13 +216,13 @@ def script():
 
 def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     small = ["--steps", "2", "--size", "5", "128", "128", "--output", str(tmp_path), "--budgets", "0.5", "--batch", "2"]
-    chosen = ["--policies", "ours, default", "PSA-3", "SVG-EAR", CONTROL]
+    chosen = ["--policies", PLAIN, "PSA-3", "SVG-EAR", CONTROL]
     monkeypatch.setattr(sys, "argv", ["scripts/experiments/videos.py", *small])
     assert script.main([*small, *chosen, "--experiments", "policies", "--prompts", "1"]) == 0
     rows = read(tmp_path / "videos.csv")
     assert {row["policy"] for row in rows} == {
         CONTROL,
-        "ours, default",
+        PLAIN,
         "PSA-3",
         "SVG-EAR (re-implemented)",
     } and len(rows) == 4
@@ -206,15 +242,15 @@ def test_the_script_measures_resumes_and_reports(script, tmp_path, monkeypatch):
     monkeypatch.setattr(VideoModel, "sparse", lambda *given: made.append(given[-1].name) or sparse(*given))
     assert script.main([*small, *chosen, "--experiments", "policies", "--prompts", "1"]) == 0
     assert made == [] and read(tmp_path / "videos.csv") == rows
-    assert script.main([*small, "--policies", "ours, default", "--experiments", "policies", "--prompts", "2"]) == 0
-    assert made == ["ours, default"]
+    again = ["--policies", PLAIN, "--experiments", "policies", "--prompts", "2"]
+    assert script.main([*small, *again]) == 0 and made == [PLAIN]
     again = read(tmp_path / "videos.csv")
-    assert again[:4] == rows and [row["policy"] for row in again[4:]] == ["ours, default"]
+    assert again[:4] == rows and [row["policy"] for row in again[4:]] == [PLAIN]
     assert len({row["prompt"] for row in again}) == 2
 
     table = read(tmp_path / "videos_summary.csv")
-    ours = next(row for row in table if row["policy"] == "ours, default")
-    assert int(ours["clips"]) == 2 and float(ours["default_ahead_db"]) == 0
+    ours = next(row for row in table if row["policy"] == PLAIN)
+    assert int(ours["clips"]) == 2 and float(ours["plain_ahead_db"]) == 0
     assert (tmp_path / "videos.png").stat().st_size > 1000
 
 
@@ -222,7 +258,12 @@ def rows(policy, values, setting=None):
     """As they are read from the file."""
     setting = setting or Setting(policy, PSAConfig(), 0.15, 4)
     same = {"run": "run-a", "variant": "", "budget": setting.budget, "schedule": setting.schedule, "policy": policy}
-    same |= {"dense_first": float(setting.dense_first), "dense_last": float(setting.dense_last), "steps": 16.0}
+    same |= {
+        "experiment": setting.experiment,
+        "dense_first": float(setting.dense_first),
+        "dense_last": float(setting.dense_last),
+        "steps": 16.0,
+    }
     same |= {"achieved": setting.budget, "achieved_all": setting.total(16), "estimator": 0.01, "ssim": 0.9}
     same |= {"sparse_step_seconds": 0.1, "dense_step_seconds": 0.2}
     return [{**same, "prompt": f"p{i}", "seed": float(i), "psnr": float(value)} for i, value in enumerate(values)]
@@ -241,18 +282,16 @@ def test_steps_are_compared_with_the_usual_ones_and_drawn():
 
 
 def test_policies_are_drawn_as_bars_or_as_curves():
-    table = summarise(
-        [*rows("ours, default", [38, 39, 40]), *rows("PSA-3", [30, 31, 32]), *rows("PSA-4", [31, 32, 33])]
-    )
+    table = summarise([*rows(PLAIN, [38, 39, 40]), *rows("PSA-3", [30, 31, 32]), *rows("PSA-4", [31, 32, 33])])
     bars = draw_policies(table).axes[0]
     assert sorted(patch.get_width() for patch in bars.patches) == [31, 32, 39]
     more = [{**row, "budget": 0.25, "achieved": 0.25} for row in table]
     labels = draw_policies([*table, *more]).axes[0].get_legend_handles_labels()[1]
-    assert labels == ["ours, default", "best published PSA setting"]
+    assert labels == [PLAIN, "best published PSA setting"]
 
 
 def test_differences_are_paired_clip_by_clip():
-    ours, theirs = rows("ours, default", [30, 40, 50, 60]), rows("PSA-3", [29, 38, 47, math.inf])
+    ours, theirs = rows(PLAIN, [30, 40, 50, 60]), rows("PSA-3", [29, 38, 47, math.inf])
     assert paired("x", ours, list(reversed(theirs[:3]))) == {
         "x_db": 2.0,
         "x_db_low": 1.0,
@@ -260,4 +299,4 @@ def test_differences_are_paired_clip_by_clip():
         "x_in": 3,
     }
     line = next(row for row in summarise([*ours, *theirs]) if row["policy"] == "PSA-3")
-    assert line["psnr"] == 38 and line["default_ahead_db"] == 2 and line["clips"] == 4
+    assert line["psnr"] == 38 and line["plain_ahead_db"] == 2 and line["clips"] == 4
