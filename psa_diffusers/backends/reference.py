@@ -40,10 +40,10 @@ def attend_reference(
 
     A pooled key is the mean of its group's real tokens (neither padding nor beyond the end), and counts for that many:
     its logit is ``scale * q . mean(k) + ln(count)``. With ``logit_correction="variance"`` a group of several tokens
-    also gets ``min(scale**2 / 2 * sum_d(power_d * var_d(k)), ln(count))``, as :mod:`~psa_diffusers.backends
-    .logit_variance` says: ``var_d`` is the population variance of channel d over the group's real tokens, ``power_d``
-    the mean of ``q_d**2`` over the head's queries number 0, 13, 26, ... of the sequence. With as many queries as keys
-    the padding is that of both, and left out here too.
+    also gets ``min(scale**2 / 2 * sum_d(power_d * var_d(k)), ln(count))``
+    (:mod:`~psa_diffusers.backends.logit_variance`): ``var_d`` is the population variance of channel d over the group's
+    real tokens, ``power_d`` the mean of ``q_d**2`` over the head's queries number 0, 13, 26, ... of the sequence. With
+    as many queries as keys the padding is that of both, and left out here too.
 
     With ``value_correction="covariance"`` the covariance of values with keys, one matrix C a head, is given back to
     pooled groups, as :mod:`~psa_diffusers.backends.covariance` says. C is that of whole kv blocks, level

@@ -267,8 +267,8 @@ def test_replayed_launches_are_seen_too(monkeypatch):
     step = recipe._Step(SimpleNamespace(grid=(4, 1, 1)), compiled, [7], [])
     monkeypatch.setattr(recipe, "_current_stream", lambda device: "stream")
     with LaunchTimer(_Event) as timer:
-        recipe._launch_all([step], [], torch.device("cuda"))
-    recipe._launch_all([step], [], torch.device("cuda"))
+        recipe._launch_all([step], [], torch.device("cuda"), recipe.launch_hooks())
+    recipe._launch_all([step], [], torch.device("cuda"), recipe.launch_hooks())
     assert timer.seconds() == {"replayed_kernel": 1.0}
     assert calls == [([4, 1, 1, "stream", "function", "packed"], seen, 7) for seen in (True, False)]
 
