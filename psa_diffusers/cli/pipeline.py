@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -258,7 +259,9 @@ def quiet_loading() -> Iterator[None]:
         logger.disable_progress_bar()
         logger.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.enable_progress_bar()

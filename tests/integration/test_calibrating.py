@@ -207,7 +207,7 @@ def test_a_smaller_target_error_costs_more(measured):
 
 
 def test_with_a_target_error_each_expert_meets_it(measured):
-    pipe = enable_psa(pipeline("experts"), total_error_config(0.05, dense_warmup=0.25), calibrate=True)
+    pipe = enable_psa(pipeline("experts"), total_error_config(0.05, dense_warmup=0.125), calibrate=True)
     generate(pipe, steps=8, guidance_scale=1.0)
     assert [allocation.stretch.expert for allocation in psa_calibration(pipe).allocations] == [
         "transformer",
