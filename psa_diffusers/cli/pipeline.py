@@ -254,7 +254,8 @@ def quiet_loading() -> Iterator[None]:
     import transformers
 
     loggers = [library.utils.logging for library in (diffusers, transformers)]
-    levels = [logger.get_verbosity() for logger in loggers]
+    levels, disabled = [logger.get_verbosity() for logger in loggers], logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what these two import has loggers of its own
     for logger in loggers:
         logger.disable_progress_bar()
         logger.set_verbosity(logging.CRITICAL)
@@ -263,6 +264,7 @@ def quiet_loading() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(disabled)
         for logger, level in zip(loggers, levels, strict=True):
             logger.enable_progress_bar()
             logger.set_verbosity(level)
