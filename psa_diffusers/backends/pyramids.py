@@ -11,6 +11,8 @@ from ..planning.plan import Plan
 from .covariance import CovarianceSum
 from .logit_variance import logit_correction
 
+_MOST_NUMBERS = 2**16  # in a copy of keys at a time: what a cache holds, and little beside keys and values
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -165,6 +167,9 @@ def _merged_variance(
     """[n]: the variance of merged groups, weighed by ``power`` [head_dim], from their means ``coarse`` [n, head_dim]
     and tokens ``count`` [n], and from the means, counts and variances [m * n] of their parts."""
     groups = (len(count), -1)
-    between = (means.unflatten(0, groups) - coarse[:, None]).square_() @ power
+    parts = means.unflatten(0, groups)
+    step = max(1, _MOST_NUMBERS // parts[0].numel())
+    pairs = zip(parts.split(step), coarse.split(step), strict=True)
+    between = torch.cat([(part - mean[:, None]).square_() @ power for part, mean in pairs])
     shares = counts.view(groups) / count.clamp(min=1)[:, None]
     return (shares * (variance.view(groups) + between)).sum(1)
