@@ -31,8 +31,8 @@ from psa_diffusers.backends.triton import attend_triton, hopper
 from psa_diffusers.backends.triton.attention import attention_launch
 from psa_diffusers.backends.triton.covariance import build_covariance
 from psa_diffusers.backends.triton.layout import PyramidLayout
-from psa_diffusers.backends.triton.logit_variance import logit_variance_launches
-from psa_diffusers.backends.triton.pyramid import build_pyramid
+from psa_diffusers.backends.triton.logit_variance import pyramid_launches
+from psa_diffusers.backends.triton.pyramid import build_pyramid, empty_pyramid
 from psa_diffusers.backends.triton.read_lists import read_lists
 from psa_diffusers.gpu.target import target_of
 from psa_diffusers.planning import build_plan
@@ -98,16 +98,19 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
     def build() -> object:
         return build_pyramid(key, value, layout, order=plan.order, with_centroid_bias=True)
 
-    pyramid, lists = build(), read_lists(plan, query.device)
+    pyramid, lists = empty_pyramid(key, layout, with_centroid_bias=True), read_lists(plan, query.device)
+    inputs = (query, key, value, pyramid, layout, plan.order, None)
+    head_bias, corrected_launches = pyramid_launches(*inputs, scale=scale)
+
+    def build_corrected() -> None:
+        for launch in corrected_launches:
+            launch.run()
+
     counted = lists.read_by_all
+    build_corrected()
     covariance = build_covariance(pyramid, layout, counted)
     named = {"query_block_size": plan.query_block_size, "order": plan.order, "scale": scale}
     tensors = (query, torch.empty_like(query), None, pyramid, lists)
-    head_bias, logit_launches = logit_variance_launches(query, None, pyramid, layout, scale)
-
-    def correct_logits() -> None:
-        for launch in logit_launches:
-            launch.run()
 
     def portable() -> None:
         attention_launch(*tensors, layout, covariance, head_bias, target=target, **named).run()
@@ -121,7 +124,7 @@ def stages_of(query: Tensor, key: Tensor, value: Tensor, plan) -> dict[str, Call
         "whole, kernel for all GPUs": lambda: whole(hopper_kernel=False),
         "pyramid": build,
         "covariance": lambda: build_covariance(pyramid, layout, counted),
-        "logit variance": correct_logits,
+        "pyramid, with the logit correction": build_corrected,
         "attention, kernel for all GPUs": portable,
     }
     sizes = (plan.query_block_size, plan.kv_block_size, plan.num_levels)

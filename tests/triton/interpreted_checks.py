@@ -4,12 +4,10 @@ from unittest import mock
 
 import torch
 
-from psa_diffusers.backends.logit_variance import query_lengths
-from psa_diffusers.backends.triton import attend_triton, launch
+from psa_diffusers.backends.triton import attend_triton, launch, logit_variance
 from psa_diffusers.backends.triton.covariance import build_covariance
 from psa_diffusers.backends.triton.layout import PyramidLayout
-from psa_diffusers.backends.triton.logit_variance import logit_variance_launches
-from psa_diffusers.backends.triton.pyramid import build_pyramid
+from psa_diffusers.backends.triton.pyramid import build_pyramid, empty_pyramid
 from tests.backends import conformance
 
 
@@ -46,15 +44,23 @@ def logit_correction(
     key_lengths: torch.Tensor,
     kv_block_size: int,
     num_levels: int,
-) -> torch.Tensor:
-    """The bias with the logit correction, of a pyramid of these keys; its buffer holds NaN before."""
+    in_pyramid: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The bias with the logit correction, that of the centroids, and the pyramid's own; their buffers hold NaN before.
+
+    ``in_pyramid``: by the pyramid kernel, otherwise by the kernel for blocks that one program does not hold.
+    """
     layout = PyramidLayout(-(-key.shape[1] // kv_block_size), kv_block_size, num_levels)
-    pyramid = build_pyramid(key, value, layout, key_lengths=key_lengths)
-    head_bias, launches = logit_variance_launches(query, query_lengths(query, key, key_lengths), pyramid, layout, 0.3)
-    head_bias.fill_(torch.nan)
+    pyramid = empty_pyramid(key, layout, with_centroid_bias=True)
+    inputs = (query, key, value, pyramid, layout, None, key_lengths)
+    with mock.patch.object(logit_variance, "pools_whole_blocks", return_value=in_pyramid):
+        head_bias, launches = logit_variance.pyramid_launches(*inputs, scale=0.3)
+    assert len(launches) == 2 if in_pyramid else 3
+    for bias in (head_bias, pyramid.centroid_bias, pyramid.bias):
+        bias.fill_(torch.nan)
     for each in launches:
         each.run()
-    return head_bias
+    return head_bias, pyramid.centroid_bias, pyramid.bias
 
 
 def compiled_attention(case: conformance.Case) -> tuple[torch.Tensor, torch.Tensor]:

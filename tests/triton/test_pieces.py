@@ -50,16 +50,19 @@ def test_pyramid_is_the_reference_s(interpreter, dtype):
         assert pyramid.bias[sample, layout.empty_row] == -math.inf
 
 
+@pytest.mark.parametrize("in_pyramid", [True, False])
 @pytest.mark.parametrize("gain", [0.3, 3.0])
 @pytest.mark.parametrize("kv_block_size, num_levels, head_dim", [(16, 3, 40), (64, 5, 24), (128, 1, 16)])
-def test_bias_with_the_logit_correction_is_the_reference_s(interpreter, kv_block_size, num_levels, head_dim, gain):
-    """Every row, level 1 and rows without tokens among them; large queries reach the clamp."""
+def test_bias_with_the_logit_correction_is_the_reference_s(
+    interpreter, kv_block_size, num_levels, head_dim, gain, in_pyramid
+):
+    """Every row, level 1, centroids and rows without tokens among them; large queries reach the clamp."""
     length = 2 * kv_block_size + 11
     query, key, value = make_inputs(Case(torch.float32, head_dim, 75, length, heads=2, batch=2))
     key_lengths = torch.tensor([length, kv_block_size + 5])
     layout = PyramidLayout(3, kv_block_size, num_levels)
-    inputs = gain * query, key, value, key_lengths, kv_block_size, num_levels
-    found = interpreter.call("tests.triton.interpreted_checks", "logit_correction", *inputs)
+    inputs = gain * query, key, value, key_lengths, kv_block_size, num_levels, in_pyramid
+    found, of_centroids, plain = interpreter.call("tests.triton.interpreted_checks", "logit_correction", *inputs)
     power = query_power(gain * query, torch.float32)
     clamped = []
     for sample, head in itertools.product(range(2), range(2)):
@@ -74,6 +77,9 @@ def test_bias_with_the_logit_correction_is_the_reference_s(interpreter, kv_block
         torch.testing.assert_close(here * math.log(2), log_count + expected, rtol=1e-5, atol=1e-5)
     assert torch.cat(clamped).any() == (gain > 1.0)
     assert (found[..., layout.empty_row] == -math.inf).all()
+    torch.testing.assert_close(of_centroids, found[..., layout.first_row(num_levels + 1) : layout.empty_row])
+    unpooled = plain[:, None, : layout.first_row(2)].expand(2, 2, -1)
+    torch.testing.assert_close(found[..., : layout.first_row(2)], unpooled, rtol=0, atol=0)
 
 
 def packed_rows_of(layout, rows):

@@ -28,8 +28,8 @@ from .attention import attention_launch
 from .covariance import covariance_finish_launch, covariance_launch, covariance_sum_launch, empty_covariance
 from .hopper import HEAD_DIMS, hopper_attention_launch, hopper_layout
 from .layout import PyramidLayout
-from .logit_variance import logit_variance_launches
-from .pyramid import Pyramid, empty_pyramid, pyramid_launch
+from .logit_variance import empty_corrected_bias, logit_variance_launch, query_power_launch
+from .pyramid import CorrectedBias, Pyramid, empty_pyramid, pyramid_launch
 from .read_lists import empty_read_lists, launch_order_launch, read_lists_launch
 
 # Shared memory (LDS on AMD) that one block can be launched with, in bytes: CUDA programming guide, table of technical
@@ -51,6 +51,7 @@ KERNELS = (
     "hopper+covariance",
     "hopper+covariance+variance",
     "pyramid",
+    "pyramid+variance",
     "query_power",
     "logit_variance",
     "covariance",
@@ -72,6 +73,7 @@ CORE_KERNELS = (
     "attention+covariance",
     "attention+covariance+variance",
     "pyramid",
+    "pyramid+variance",
     "query_power",
     "logit_variance",
     "covariance",
@@ -250,13 +252,15 @@ def launch_of(case: Case) -> KernelLaunch:
     order = None if case.is_plain else torch.empty(case.length, dtype=torch.int64, device="meta")
     if case.kernel.startswith("pyramid"):
         key_lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
-        return pyramid_launch(query, query, pyramid, layout, order, key_lengths)
+        corrected = _corrected_bias(case, pyramid) if case.kernel.endswith("+variance") else None
+        return pyramid_launch(query, query, pyramid, layout, order, key_lengths, None, corrected)
     if case.kernel in (*PLANNING_KERNELS, *RULE_KERNELS, *ROW_KERNELS, *HOPPER_PLANNING_KERNELS):
         return planning_launch(case, query, order)
-    if case.kernel in ("query_power", "logit_variance"):
+    if case.kernel == "query_power":
         lengths = None if case.is_plain else torch.empty(2, dtype=torch.int64, device="meta")
-        launches = logit_variance_launches(query, lengths, pyramid, layout, case.head_dim**-0.5)[1]
-        return next(launch for launch in launches if launch.kernel.__name__ == f"{case.kernel}_kernel")
+        return query_power_launch(query, lengths, _corrected_bias(case, pyramid).power)
+    if case.kernel == "logit_variance":
+        return logit_variance_launch(pyramid, layout, _corrected_bias(case, pyramid))
     if case.kernel.startswith("covariance"):
         return _covariance_launch_of(case, pyramid, layout)
     query_blocks = triton.cdiv(case.length, case.query_block_size)
@@ -274,6 +278,10 @@ def launch_of(case: Case) -> KernelLaunch:
     if case.kernel in HOPPER_KERNELS:
         return hopper_attention_launch(*tensors, level_mask, layout, covariance, head_bias, is_padded=False, **named)
     return attention_launch(*tensors, layout, covariance, head_bias, target=case.target, **named)
+
+
+def _corrected_bias(case: Case, pyramid: Pyramid) -> CorrectedBias:
+    return empty_corrected_bias(pyramid, case.head_dim**-0.5)
 
 
 def _covariance_launch_of(case: Case, pyramid: Pyramid, layout: PyramidLayout) -> KernelLaunch:

@@ -15,12 +15,11 @@ from ...gpu.recipe import Recipes, Recording
 from ...gpu.sizes import ceil_div
 from ...gpu.target import target_of, tensor_obstacle
 from ...planning.plan import Plan
-from ..logit_variance import query_lengths
 from . import hopper
 from .attention import attention_launch
 from .covariance import covariance_launches
 from .layout import PyramidLayout
-from .logit_variance import logit_variance_launches
+from .logit_variance import pyramid_launches
 from .pyramid import empty_pyramid, pyramid_launch
 from .read_lists import ReadLists, read_lists
 
@@ -160,15 +159,14 @@ def _record(inputs: Sequence[Tensor | None], first_head: int, options: _Options)
         layout = hopper.hopper_layout(layout)
     pyramid = empty_pyramid(key, layout, with_centroid_bias=is_hopper)
     counter = query.new_empty(1, dtype=torch.int32) if is_hopper else None
-    launches = [pyramid_launch(key, value, pyramid, layout, order, key_lengths, counter)]
     covariance = head_bias = None
+    keys = (key, value, pyramid, layout, order, key_lengths)
+    if options.with_variance:
+        head_bias, launches = pyramid_launches(query, *keys, scale=options.scale, counter=counter)
+    else:
+        launches = [pyramid_launch(*keys, counter)]
     if counted is not None:
         covariance, more = covariance_launches(pyramid, layout, counted, gain)
-        launches += more
-    if options.with_variance:
-        head_bias, more = logit_variance_launches(
-            query, query_lengths(query, key, key_lengths), pyramid, layout, options.scale
-        )
         launches += more
     named = {"query_block_size": options.query_block_size, "order": order, "scale": options.scale}
     tensors = (query, out, lse, pyramid, lists)

@@ -1,6 +1,7 @@
 """The logit correction on a GPU: what the variance of a pooled group's logits adds to its bias, one number a row.
 
-:mod:`~psa_diffusers.backends.logit_variance` defines it.
+:mod:`~psa_diffusers.backends.logit_variance` defines it. The pyramid kernel computes it on the way; where a program of
+that holds a part of the channels alone, a kernel of its own does, which reads the keys once more.
 """
 
 from __future__ import annotations
@@ -13,9 +14,19 @@ from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
 from ...gpu.sizes import ceil_div
 from ...gpu.target import padded_head_dim
-from ..logit_variance import QUERY_STRIDE
+from ..logit_variance import QUERY_STRIDE, query_lengths
+from .group_variance import correction_and_bias, load_power, squares_of_rows_alone, store_corrected_bias
 from .layout import PyramidLayout
-from .pyramid import MAX_PARTS, Pyramid
+from .pyramid import (
+    MAX_PARTS,
+    CorrectedBias,
+    Pyramid,
+    level_means,
+    next_level,
+    pool_rows,
+    pools_whole_blocks,
+    pyramid_launch,
+)
 from .tiles import POWER_TILE, variance_warps
 
 POWER_PARTS = 8  # of each head's queries: programs enough to fill a GPU
@@ -58,61 +69,6 @@ def query_power_kernel(
     tl.store(power + place, tl.sum(total, axis=0) / tl.maximum(samples, 1), mask=channel < HEAD_DIM)
 
 
-# A block's keys are held as tiles [GROUPS, BD], row r in tile r % PARTS, as the pyramid kernel does. ``squares`` are of
-# each group of keys the squared distances from its mean, weighed by the power and summed over channels and keys.
-
-
-@triton.jit
-def _merge_parts(means, counts, squares, power):
-    """Tiles in half as many, each a pair. Squares are merged too: no cancellation, unlike E[x^2] - E[x]^2."""
-    merged_means = ()
-    merged_counts = ()
-    merged_squares = ()
-    for part in tl.static_range(len(means) // 2):
-        first, second = counts[2 * part], counts[2 * part + 1]
-        count = first + second
-        share = first / tl.maximum(count, 1.0)
-        gap = means[2 * part] - means[2 * part + 1]
-        between = tl.sum(gap * gap * power[None, :], axis=1)
-        merged_means += (means[2 * part + 1] + share[:, None] * gap,)
-        merged_counts += (count,)
-        merged_squares += (squares[2 * part] + squares[2 * part + 1] + between * (share * second),)
-    return merged_means, merged_counts, merged_squares
-
-
-@triton.jit
-def _merge_rows(means, counts, squares, power, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """The only tile's rows in groups of SIZE, GROUPS of them."""
-    BLOCK_D: tl.constexpr = means[0].shape[1]
-    rows = tl.reshape(means[0], (GROUPS, SIZE, BLOCK_D))
-    tokens = tl.reshape(counts[0], (GROUPS, SIZE))
-    count = tl.sum(tokens, axis=1)
-    mean = tl.sum(rows * tokens[:, :, None], axis=1) / tl.maximum(count, 1.0)[:, None]
-    gap = rows - mean[:, None, :]
-    between = tl.sum(gap * gap * power[None, None, :], axis=2) * tokens
-    square = tl.sum(tl.reshape(squares[0], (GROUPS, SIZE)) + between, axis=1)
-    return (mean,), (count,), (square,)
-
-
-@triton.jit
-def _correction_and_bias(square, count, scale):
-    """min(half the logits' variance, ln of the group's tokens) of each group, and the two's sum, in units of ln 2."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    log_count = tl.log2(tl.maximum(count, 1.0))
-    half_variance = square * (0.5 * LOG2E * scale * scale) / tl.maximum(count, 1.0)
-    correction = tl.minimum(half_variance, log_count, propagate_nan=tl.PropagateNan.ALL)
-    return correction, tl.where(count > 0.0, log_count + correction, float("-inf"))
-
-
-@triton.jit
-def _store_bias(place, squares, counts, scale):
-    """The bias of a level's rows of one block, the first of which is at ``place``."""
-    for part in tl.static_range(len(squares)):
-        row = tl.arange(0, squares[part].shape[0]) * len(squares) + part
-        _, bias = _correction_and_bias(squares[part], counts[part], scale)
-        tl.store(place + row, bias)
-
-
 @triton.jit
 def logit_variance_kernel(
     packed_key,
@@ -142,35 +98,32 @@ def logit_variance_kernel(
     packed_key += head * packed_rows * HEAD_DIM
     bias += head // heads * packed_rows
     head_bias += head * packed_rows
-    part_of_power = (head * POWER_PARTS + tl.arange(0, POWER_PARTS))[:, None] * HEAD_DIM + channel[None, :]
-    is_channel = tl.broadcast_to((channel < HEAD_DIM)[None, :], part_of_power.shape)
-    weights = tl.sum(tl.load(power + part_of_power, mask=is_channel, other=0.0), axis=0)  # [BD]
+    weights = load_power(power, head, channel, HEAD_DIM, POWER_PARTS)  # [BD]
 
-    means = ()
+    keys = ()
     counts = ()
-    squares = ()
     for part in tl.static_range(PARTS):
         token = block * KV_BLOCK + tl.arange(0, KV_BLOCK // PARTS) * PARTS + part
-        token_bias = tl.load(bias + token)
-        tl.store(head_bias + token, token_bias)
         places = packed_key + token.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
         mask = tl.broadcast_to((channel < HEAD_DIM)[None, :], places.shape)
-        means += (tl.load(places, mask=mask, other=0.0).to(tl.float32),)
-        counts += ((token_bias == 0.0).to(tl.float32),)  # one token, or none
-        squares += (tl.zeros([KV_BLOCK // PARTS], tl.float32),)
+        keys += (tl.load(places, mask=mask, other=0.0).to(tl.float32),)
+        counts += ((tl.load(bias + token) == 0.0).to(tl.float32),)  # one token, or none
 
+    totals, squares = keys, squares_of_rows_alone(keys)
+    store_corrected_bias(head_bias + block * KV_BLOCK, squares, counts, scale)
     section = kv_blocks * KV_BLOCK
     for level in tl.static_range(1, LEVELS):
-        if len(means) > 1:
-            means, counts, squares = _merge_parts(means, counts, squares, weights)
-        else:
-            means, counts, squares = _merge_rows(means, counts, squares, weights, KV_BLOCK >> level, 2)
-        _store_bias(head_bias + section + block * (KV_BLOCK >> level), squares, counts, scale)
+        totals, counts, squares = next_level(
+            totals, counts, level_means(totals, counts), squares, weights, KV_BLOCK >> level
+        )
+        store_corrected_bias(head_bias + section + block * (KV_BLOCK >> level), squares, counts, scale)
         section += kv_blocks * (KV_BLOCK >> level)
-    means, counts, squares = _merge_rows(means, counts, squares, weights, 1, KV_BLOCK >> (LEVELS - 1))
-    _store_bias(head_bias + section + block, squares, counts, scale)
+    _, counts, squares = pool_rows(
+        totals, counts, level_means(totals, counts), squares, weights, 1, KV_BLOCK >> (LEVELS - 1)
+    )
+    store_corrected_bias(head_bias + section + block, squares, counts, scale)
     if centroid_bias is not None:
-        correction, _ = _correction_and_bias(squares[0], counts[0], scale)
+        correction, _ = correction_and_bias(squares[0], counts[0], scale)
         place = centroid_bias + head * kv_blocks + block + tl.arange(0, 1)
         tl.store(place, tl.load(place) + correction)
     if block == 0:
@@ -178,27 +131,44 @@ def logit_variance_kernel(
             tl.store(head_bias + section + kv_blocks + empty, float("-inf"))
 
 
-def logit_variance_launches(
-    query: Tensor, lengths: Tensor | None, pyramid: Pyramid, layout: PyramidLayout, scale: float
+def pyramid_launches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pyramid: Pyramid,
+    layout: PyramidLayout,
+    order: Tensor | None,
+    key_lengths: Tensor | None,
+    *,
+    scale: float,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, list[KernelLaunch]]:
-    """The bias with the correction, and what fills it from a pyramid that is there.
+    """What fills a pyramid, and the bias with the logit correction.
 
     Args:
         query: [batch, query_length, heads, head_dim], any strides.
-        lengths: int64 [batch]; queries from that one on are padding. None = none is.
-        pyramid, layout: Of the keys. To the pyramid's centroid bias, if it has one, the correction is added.
         scale: Factor of the logits.
+        key, value, pyramid, layout, order, key_lengths, counter: Of :func:`~.pyramid.pyramid_launch`.
 
     Returns:
-        float32 [batch, heads, rows], in the place of the pyramid's own bias, which is [batch, rows].
+        float32 [batch, heads, rows], in the place of the pyramid's own bias, which is [batch, rows]; and the launches.
+        To the pyramid's centroid bias, if it has one, the correction is added.
     """
+    corrected = empty_corrected_bias(pyramid, scale)
+    launches = [query_power_launch(query, query_lengths(query, key, key_lengths), corrected.power)]
+    inputs = (key, value, pyramid, layout, order, key_lengths, counter)
+    if pools_whole_blocks(layout.kv_block_size, key.shape[3]):
+        launches.append(pyramid_launch(*inputs, corrected))
+    else:
+        launches += [pyramid_launch(*inputs), logit_variance_launch(pyramid, layout, corrected)]
+    return corrected.bias, launches
+
+
+def empty_corrected_bias(pyramid: Pyramid, scale: float) -> CorrectedBias:
+    """Buffers for the bias of a pyramid's rows."""
     batch, heads, rows, head_dim = pyramid.key.shape
     power = pyramid.bias.new_empty(batch, heads, POWER_PARTS, head_dim)
-    head_bias = pyramid.bias.new_empty(batch, heads, rows)
-    return head_bias, [
-        query_power_launch(query, lengths, power),
-        logit_variance_launch(pyramid, layout, power, head_bias, scale),
-    ]
+    return CorrectedBias(power, pyramid.bias.new_empty(batch, heads, rows), scale)
 
 
 def query_power_launch(query: Tensor, lengths: Tensor | None, power: Tensor) -> KernelLaunch:
@@ -222,18 +192,16 @@ def query_power_launch(query: Tensor, lengths: Tensor | None, power: Tensor) -> 
     return KernelLaunch(query_power_kernel, grid, arguments, num_warps)
 
 
-def logit_variance_launch(
-    pyramid: Pyramid, layout: PyramidLayout, power: Tensor, head_bias: Tensor, scale: float
-) -> KernelLaunch:
-    """The launch that fills ``head_bias``."""
+def logit_variance_launch(pyramid: Pyramid, layout: PyramidLayout, corrected: CorrectedBias) -> KernelLaunch:
+    """The launch that fills ``corrected.bias`` from a pyramid that is there."""
     batch, heads, rows, head_dim = pyramid.key.shape
     arguments = {
         "packed_key": pyramid.key,
         "bias": pyramid.bias,
-        "power": power,
-        "head_bias": head_bias,
+        "power": corrected.power,
+        "head_bias": corrected.bias,
         "centroid_bias": pyramid.centroid_bias,
-        "scale": scale,
+        "scale": corrected.scale,
         "heads": heads,
         "kv_blocks": layout.kv_blocks,
         "packed_rows": rows,
@@ -242,7 +210,7 @@ def logit_variance_launch(
         "KV_BLOCK": layout.kv_block_size,
         "LEVELS": layout.num_levels,
         "PARTS": min(MAX_PARTS, 2 ** (layout.num_levels - 1)),
-        "POWER_PARTS": power.shape[2],
+        "POWER_PARTS": corrected.power.shape[2],
         "EMPTY_ROWS": layout.empty_rows,
     }
     num_warps = variance_warps(layout.kv_block_size, head_dim)

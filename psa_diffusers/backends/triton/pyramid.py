@@ -1,4 +1,7 @@
-"""Builds the pyramid: every level of keys and values, packed along the sequence, in one pass over both."""
+"""Builds the pyramid: every level of keys and values, packed along the sequence, in one pass over both.
+
+And, where one program holds all channels of a block, the bias with the logit correction: the keys are there already.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,14 @@ from torch import Tensor
 
 from ...gpu.addressing import strided_pointers
 from ...gpu.kernel_launch import KernelLaunch
+from .group_variance import (
+    correction_and_bias,
+    load_power,
+    squares_of_groups,
+    squares_of_pairs,
+    squares_of_rows_alone,
+    store_corrected_bias,
+)
 from .layout import PyramidLayout
 from .tiles import pyramid_tile
 
@@ -33,6 +44,14 @@ class Pyramid(NamedTuple):
     @property
     def value(self) -> Tensor:
         return self.packed[1]
+
+
+class CorrectedBias(NamedTuple):
+    """The bias with the logit correction, and what it is made from."""
+
+    power: Tensor  # float32 [batch, heads, parts, head_dim]: the parts add up to the query power
+    bias: Tensor  # float32 [batch, heads, rows], to be filled
+    scale: float  # factor of the logits
 
 
 # A block's rows are held as PARTS tiles [GROUPS, BD], row r in tile r % PARTS: rows that pool together are in different
@@ -62,12 +81,20 @@ def _mean(total, count):
 
 
 @triton.jit
-def _store_level(packed, totals, counts, first_row, channel, HEAD_DIM: tl.constexpr):
-    PARTS: tl.constexpr = len(totals)
-    GROUPS: tl.constexpr = totals[0].shape[0]
+def level_means(totals, counts):
+    means = ()
+    for part in tl.static_range(len(totals)):
+        means += (_mean(totals[part], counts[part]),)
+    return means
+
+
+@triton.jit
+def _store_level(packed, means, first_row, channel, HEAD_DIM: tl.constexpr):
+    PARTS: tl.constexpr = len(means)
+    GROUPS: tl.constexpr = means[0].shape[0]
     for part in tl.static_range(PARTS):
         row = first_row + tl.arange(0, GROUPS) * PARTS + part
-        _store_rows(packed, row, _mean(totals[part], counts[part]), channel, HEAD_DIM)
+        _store_rows(packed, row, means[part], channel, HEAD_DIM)
 
 
 @triton.jit
@@ -82,12 +109,15 @@ def _pool_parts(totals, counts):
 
 
 @triton.jit
-def _pool_rows(totals, counts, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+def pool_rows(totals, counts, means, squares, power, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """The only tile's rows in groups of SIZE, GROUPS of them."""
     BLOCK_D: tl.constexpr = totals[0].shape[1]
     total = tl.sum(tl.reshape(totals[0], (GROUPS, SIZE, BLOCK_D)), axis=1)  # [GROUPS, BD]
     count = tl.sum(tl.reshape(counts[0], (GROUPS, SIZE)), axis=1)  # [GROUPS]
-    return (total,), (count,)
+    square = squares[0]
+    if power is not None:
+        square = squares_of_groups(means[0], counts[0], square, _mean(total, count), power, GROUPS, SIZE)
+    return (total,), (count,), (square,)
 
 
 @triton.jit
@@ -95,6 +125,9 @@ def _store_levels(
     packed,
     totals,
     counts,
+    power,
+    head_bias,
+    scale,
     block,
     kv_blocks,
     channel,
@@ -105,26 +138,44 @@ def _store_levels(
 ):
     """Writes one block's rows of every level. ``totals`` are its tiles, zero where ``counts`` are.
 
-    Returns how many of the centroid's numbers are not finite; with FINITE zeros are written for them.
+    With a ``power`` also their bias with the logit correction. Returns how many of the centroid's numbers are not
+    finite (with FINITE zeros are written for them), and the centroid's correction, 0 without.
     """
+    squares = squares_of_rows_alone(totals)
     section = 0
     for level in tl.static_range(1, LEVELS + 1):
         first_row = section + block * (KV_BLOCK >> (level - 1))
-        _store_level(packed, totals, counts, first_row, channel, HEAD_DIM)
+        means = totals if level == 1 else level_means(totals, counts)
+        _store_level(packed, means, first_row, channel, HEAD_DIM)
+        if power is not None:
+            store_corrected_bias(head_bias + first_row, squares, counts, scale)
         section += kv_blocks * (KV_BLOCK >> (level - 1))
         if level < LEVELS:
-            if len(totals) > 1:
-                totals, counts = _pool_parts(totals, counts)
-            else:
-                totals, counts = _pool_rows(totals, counts, KV_BLOCK >> level, 2)
-    totals, counts = _pool_rows(totals, counts, 1, KV_BLOCK >> (LEVELS - 1))
-    centroid = _mean(totals[0], counts[0])  # [1, BD]
+            totals, counts, squares = next_level(totals, counts, means, squares, power, KV_BLOCK >> level)
+    means = level_means(totals, counts)
+    totals, count, squares = pool_rows(totals, counts, means, squares, power, 1, KV_BLOCK >> (LEVELS - 1))
+    centroid = _mean(totals[0], count[0])  # [1, BD]
     is_finite = tl.abs(centroid) < float("inf")
     if FINITE:
         centroid = tl.where(is_finite, centroid, 0.0)
     row = section + block + tl.arange(0, 1)
     _store_rows(packed, row, centroid, channel, HEAD_DIM)
-    return tl.sum(tl.sum((~is_finite).to(tl.int32), axis=1), axis=0)
+    correction = 0.0
+    if power is not None:
+        store_corrected_bias(head_bias + section + block, squares, count, scale)
+        correction = tl.sum(correction_and_bias(squares[0], count[0], scale)[0], axis=0)
+    return tl.sum(tl.sum((~is_finite).to(tl.int32), axis=1), axis=0), correction
+
+
+@triton.jit
+def next_level(totals, counts, means, squares, power, GROUPS: tl.constexpr):
+    if len(totals) > 1:
+        if power is not None:
+            squares = squares_of_pairs(means, counts, squares, power)
+        totals, counts = _pool_parts(totals, counts)
+    else:
+        totals, counts, squares = pool_rows(totals, counts, means, squares, power, GROUPS, 2)
+    return totals, counts, squares
 
 
 @triton.jit
@@ -149,6 +200,7 @@ def _store_empty_rows(
     packed_key,
     packed_value,
     bias,
+    head_bias,
     empty_row,
     channel,
     HEAD_DIM: tl.constexpr,
@@ -161,6 +213,8 @@ def _store_empty_rows(
         _store_rows(packed_key, row, zeros, channel, HEAD_DIM)
         _store_rows(packed_value, row, zeros, channel, HEAD_DIM)
         tl.store(bias + empty_row + empty, float("-inf"))
+        if head_bias is not None:
+            tl.store(head_bias + empty_row + empty, float("-inf"))
 
 
 @triton.jit
@@ -173,7 +227,10 @@ def pyramid_kernel(
     packed_value,
     bias,
     centroid_bias,
+    power,
+    head_bias,
     counter,
+    scale,
     key_strides,
     value_strides,
     heads,
@@ -185,12 +242,14 @@ def pyramid_kernel(
     KV_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
     PARTS: tl.constexpr,
+    POWER_PARTS: tl.constexpr,
     EMPTY_ROWS: tl.constexpr,
 ):
     """One program: one kv block, one head, BLOCK_D channels; grid (heads * channel chunks, kv_blocks, batch).
 
     Heads first: what lies side by side in memory is read at a time. ``counter``, if there is one, is set to 0 for the
-    kernel that comes next: it would otherwise take a launch of its own.
+    kernel that comes next: it would otherwise take a launch of its own. With a ``power`` one program holds all
+    channels, see pools_whole_blocks, and also fills ``head_bias``.
     """
     FINITE: tl.constexpr = centroid_bias is not None
     block = tl.program_id(1)
@@ -214,14 +273,47 @@ def pyramid_kernel(
     packed_key += base
     packed_value += base
     keys = _load_parts(key, key_strides, batch, head, tokens, counts, channel, HEAD_DIM, PARTS)
+    weights = None
+    if power is not None:
+        weights = load_power(power, batch * heads + head, channel, HEAD_DIM, POWER_PARTS)
+        head_bias += (batch * heads + head) * packed_rows
+    bad, correction = _store_levels(
+        packed_key,
+        keys,
+        counts,
+        weights,
+        head_bias,
+        scale,
+        block,
+        kv_blocks,
+        channel,
+        HEAD_DIM,
+        KV_BLOCK,
+        LEVELS,
+        FINITE,
+    )
     values = _load_parts(value, value_strides, batch, head, tokens, counts, channel, HEAD_DIM, PARTS)
-    bad = _store_levels(packed_key, keys, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE)
-    bad += _store_levels(packed_value, values, counts, block, kv_blocks, channel, HEAD_DIM, KV_BLOCK, LEVELS, FINITE)
+    bad_values, _none = _store_levels(
+        packed_value,
+        values,
+        counts,
+        None,
+        None,
+        scale,
+        block,
+        kv_blocks,
+        channel,
+        HEAD_DIM,
+        KV_BLOCK,
+        LEVELS,
+        FINITE,
+    )
+    bad += bad_values
     bias += batch * packed_rows
     if FINITE or tl.program_id(0) == 0:
         _, real = _token_at(block * KV_BLOCK + tl.arange(0, KV_BLOCK), order, key_length, length)
         if FINITE:  # one chunk of channels: see pools_whole_blocks
-            row_bias = tl.where(bad > 0, float("nan"), _bias(tl.sum(real, axis=0)))
+            row_bias = tl.where(bad > 0, float("nan"), _bias(tl.sum(real, axis=0)) + correction)
             tl.store(centroid_bias + (batch * heads + head) * kv_blocks + block, row_bias)
         if tl.program_id(0) == 0:
             _store_bias(bias, real, block, kv_blocks, KV_BLOCK, LEVELS)
@@ -232,6 +324,7 @@ def pyramid_kernel(
             packed_key,
             packed_value,
             bias,
+            head_bias,
             packed_rows - EMPTY_ROWS,
             channel,
             HEAD_DIM,
@@ -296,8 +389,13 @@ def pyramid_launch(
     order: Tensor | None,
     key_lengths: Tensor | None,
     counter: Tensor | None = None,
+    corrected: CorrectedBias | None = None,
 ) -> KernelLaunch:
-    """The launch that fills ``pyramid``, and sets ``counter`` (int32 [1]) to 0."""
+    """The launch that fills ``pyramid``, and sets ``counter`` (int32 [1]) to 0.
+
+    With ``corrected``, where :func:`pools_whole_blocks`, also its bias; the pyramid's centroid bias, if there is one,
+    gets the correction too.
+    """
     batch, key_length, heads, head_dim = key.shape
     tile = pyramid_tile(layout.kv_block_size, head_dim)
     arguments = {
@@ -309,7 +407,10 @@ def pyramid_launch(
         "packed_value": pyramid.value,
         "bias": pyramid.bias,
         "centroid_bias": pyramid.centroid_bias,
+        "power": corrected and corrected.power,
+        "head_bias": corrected and corrected.bias,
         "counter": counter,
+        "scale": corrected.scale if corrected else 1.0,
         "key_strides": key.stride(),
         "value_strides": value.stride(),
         "heads": heads,
@@ -321,6 +422,7 @@ def pyramid_launch(
         "KV_BLOCK": layout.kv_block_size,
         "LEVELS": layout.num_levels,
         "PARTS": min(MAX_PARTS, 2 ** (layout.num_levels - 1)),
+        "POWER_PARTS": corrected.power.shape[2] if corrected else 1,
         "EMPTY_ROWS": layout.empty_rows,
     }
     grid = (heads * triton.cdiv(head_dim, tile.block_d), layout.kv_blocks, batch)
